@@ -21,6 +21,7 @@ from optim.roles import block_of, is_matrix
 from optim.rounding import Arrived, set_rounding
 from optim.rule import State, UpdateRule
 from optim.rules import *  # one line per optimizer, there
+from optim.rules.divided import fused_note
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.wrappers.cautious import Cautious, Grams
 from optim.rules.wrappers.low_rank import LowRank

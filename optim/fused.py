@@ -1,13 +1,15 @@
 """Steps inside the backward pass, so that no more than one gradient exists at a time."""
 
+import sys
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
-from optim.group_checks import kind_name
+from optim.group_checks import kind_name, label_of
 from optim.optimizer import Optimizer
 from optim.rule import UpdateRule
 
@@ -56,7 +58,7 @@ class FusedBackward:
                 )
         own = {id(param) for param in model.parameters()}
         self.optimizer = optimizer
-        self._hooks = [
+        self._hooks: list[Any] = [
             param.register_post_accumulate_grad_hook(partial(self._step, index=index))
             for index, group in enumerate(optimizer.param_groups)
             for param in group["params"]
@@ -64,11 +66,37 @@ class FusedBackward:
         ]
         if not self._hooks:
             raise ValueError("fuse_backward: the optimizer has no parameter of this model that requires a gradient")
+        self._hooks += [module.register_forward_pre_hook(self._begin) for module in model.modules()]
+        self._model = model
         self._stepped: set[Tensor] = set()
         self._groups: set[int] = set()
+        self._since_forward: dict[Tensor, bool] = {}  # whether the pass that stepped it was inside another
+
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        """Forget what was stepped before this forward pass, unless a backward pass recomputes it."""
+        if torch._C._current_graph_task_id() != -1:
+            return
+        for param in self._since_forward.copy() if module is self._model else module.parameters(recurse=False):
+            self._since_forward.pop(param, None)
+
+    def _check_whole(self, param: Tensor, index: int) -> None:
+        """Check that a gradient does not arrive in parts, of which the first one has been stepped."""
+        nested = _inside_another_pass()
+        if param in self._since_forward and (nested or self._since_forward[param]):
+            groups = self.optimizer.param_groups
+            group, offset = groups[index], sum(len(g["params"]) for g in groups[:index])
+            place = next(i for i, other in enumerate(group["params"]) if other is param)
+            raise RuntimeError(
+                f"fuse_backward: the gradient of parameter {label_of(group, offset, place)} arrives in parts, because "
+                "the parameter is used in several places and reentrant activation checkpointing computes each in a "
+                "backward pass of its own; it has been stepped with the first part. Use "
+                "torch.utils.checkpoint(..., use_reentrant=False), or step as usual"
+            )
+        self._since_forward[param] = nested
 
     @torch.no_grad()
     def _step(self, param: Tensor, *, index: int) -> None:
+        self._check_whole(param, index)
         if param in self._stepped:  # an earlier pass ended with an error
             self._end_of_pass()
         if not self._stepped:
@@ -98,6 +126,16 @@ class FusedBackward:
         self.remove()
 
 
+def _inside_another_pass() -> bool:
+    """Return whether the current backward pass was started by the backward of an autograd function."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def fuse_backward(model: nn.Module, rule: UpdateRule | Optimizer, **settings: Any) -> FusedBackward:
     """Step every parameter inside the backward pass as soon as its gradient is complete, and free the gradient.
 
@@ -106,7 +144,9 @@ def fuse_backward(model: nn.Module, rule: UpdateRule | Optimizer, **settings: An
 
     Every backward pass is one step of each parameter that it reaches. Gradients can therefore neither be accumulated
     over several backward passes nor be clipped by their common norm, and `torch.amp.GradScaler` cannot undo an
-    overflow. Parameters that are frozen now are stepped by `optimizer.step()` if they get a gradient later.
+    overflow. Parameters that are frozen now are stepped by `optimizer.step()` if they get a gradient later. Activation
+    checkpointing works; with ``use_reentrant=True`` a parameter that is used in several places ends the pass with an
+    error, because its gradient arrives in parts.
 
     Args:
         model: The model.

@@ -1,6 +1,7 @@
 """Checks of what a param group holds: its parameters, gradients and learning rate, with names for error messages."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ def labelled(group: Mapping[str, Any], offset: int) -> Iterator[tuple[str, Tenso
 
 
 def check_params(group: Mapping[str, Any], offset: int) -> None:
-    """Check that the rule of a group can step its parameters and that the group contains each of them only once.
+    """Check that the rule of a group can step its parameters.
 
     Args:
         group: The param group.
@@ -75,13 +76,9 @@ def check_params(group: Mapping[str, Any], offset: int) -> None:
 
     Raises:
         TypeError: For a parameter that does not have a real floating-point dtype.
-        ValueError: For a parameter that occurs twice, or for which the rule refuses to create a state.
+        ValueError: For a parameter for which the rule refuses to create a state.
     """
-    seen: set[Tensor] = set()
     for label, param in labelled(group, offset):
-        if param in seen:
-            raise ValueError(f"parameter {label} is in its param group twice; it would be stepped twice")
-        seen.add(param)
         if not param.is_floating_point():
             raise TypeError(
                 f"parameter {label} is {param.dtype}; optimizers here take real floating-point parameters "
@@ -91,6 +88,38 @@ def check_params(group: Mapping[str, Any], offset: int) -> None:
             expected_state(group["rule"], param)
         except ValueError as error:
             raise ValueError(f"parameter {label}: {error}") from error
+
+
+def without_duplicates(params: Any, offset: int) -> Any:
+    """Return the parameters of a group without repeated ones, of which a warning names the first.
+
+    Args:
+        params: Parameters or (name, parameter) pairs, in a list or tuple; anything else is returned as it is.
+        offset: The position of the group's first parameter in the optimizer.
+
+    Returns:
+        The same object if nothing is repeated.
+    """
+    if not isinstance(params, list | tuple):
+        return params
+    seen: set[int] = set()
+    kept: list[Any] = []
+    repeated: list[str] = []
+    for i, entry in enumerate(params):
+        named = isinstance(entry, tuple) and len(entry) == 2
+        if id(param := entry[1] if named else entry) in seen:
+            repeated.append(repr(entry[0]) if named else f"number {offset + i}")
+        else:
+            seen.add(id(param))
+            kept.append(entry)
+    if not repeated:
+        return params
+    warnings.warn(
+        f"optimizer contains a parameter group with duplicate parameters ({len(repeated)}, such as {repeated[0]}); "
+        "each is stepped once",
+        stacklevel=2,
+    )
+    return kept
 
 
 def check_gradients(group: Mapping[str, Any], offset: int) -> None:

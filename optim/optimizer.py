@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 
 from optim import cpu_jit, rounding
 from optim.averaging import AveragedWeights
-from optim.group_checks import check_gradients, check_lr, check_params, kind_name, labelled
+from optim.group_checks import check_gradients, check_lr, check_params, kind_name, labelled, without_duplicates
 from optim.param_groups import by_name, trained
 from optim.rule import State, UpdateRule
 from optim.saved import (
@@ -106,13 +106,14 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; fields of its rule that are given next to `params` replace those of the default rule.
 
-        It becomes several groups if the optimizer divides its parameters, as Muon does into matrices and the rest.
+        A parameter that the group contains more than once is stepped once, and a warning says so. The group becomes
+        several groups if the optimizer divides its parameters, as Muon does into matrices and the rest.
 
         Args:
             param_group: A dictionary with `params` and settings.
 
         Raises:
-            ValueError: For values out of range, unsupported switches, or a parameter that is given twice.
+            ValueError: For values out of range, unsupported switches, or a parameter that is in another group.
             TypeError: For parameters that are not real floating-point tensors, for a rule that is not an `UpdateRule`,
                 and for parameters without names if names determine the groups. In all these cases, no group is added.
         """
@@ -121,9 +122,7 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
             if not isinstance(param_group, dict):
                 super().add_param_group(param_group)  # raises an error that says what is wrong
             for group in self._divided_group(dict(param_group)):
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
-                    super().add_param_group(group)  # torch only warns about duplicates, which check_params refuses
+                super().add_param_group(group)
                 check_params(*list(self._offsets())[-1])
         except (TypeError, ValueError):
             del self.param_groups[before:]
@@ -132,6 +131,9 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
     def _divided_group(self, group: Group) -> list[Group]:
         if isinstance(group.get("params"), Iterator):
             group["params"] = list(group["params"])
+        if "params" in group:
+            offset = sum(len(earlier["params"]) for earlier in self.param_groups)
+            group["params"] = without_duplicates(group["params"], offset)
         parts = [group] if self.divide is None else self.divide(group, self)
         parts = [self._resolved(part) for part in parts]
         for division in self.divisions:

@@ -54,6 +54,7 @@ class CondaRule(MatrixRule):
     """
 
     name: ClassVar[str] = "conda"
+    divides: ClassVar[str] = "none"
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -65,8 +66,6 @@ class CondaRule(MatrixRule):
         object.__setattr__(self, "betas", checked_betas("CondaRule", self.betas))
         check_non_negative("CondaRule", eps=self.eps, scale=self.scale)
         check_positive_counts("CondaRule", update_proj_gap=self.update_proj_gap)
-        if self.split_sizes is not None or self.num_heads is not None:
-            raise ValueError("CondaRule: Conda does not support split_sizes and num_heads; its matrices are whole")
 
     def init(self, param: OfParam) -> State:
         """Return zero moments, a zero step count, and the identity as the basis."""

@@ -61,6 +61,7 @@ class DionRule(MatrixRule):
     """
 
     name: ClassVar[str] = "dion"
+    divides: ClassVar[str] = "equal"
 
     momentum: float = 0.95
     rank_fraction: float = 1.0
@@ -76,8 +77,6 @@ class DionRule(MatrixRule):
         check_positive_counts("DionRule", rank_multiple_of=self.rank_multiple_of, power_iters=self.power_iters)
         check_non_negative("DionRule", eps=self.eps)
         check_counts("DionRule", seed=self.seed)
-        if self.split_sizes is not None:
-            raise ValueError("DionRule: Dion does not support split_sizes; its matrices are whole, or equal heads")
 
     def init(self, param: OfParam) -> State:
         """Return a zero buffer, a zero step count, and a normally distributed Q."""

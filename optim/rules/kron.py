@@ -83,6 +83,7 @@ class KronRule(MatrixRule):
     """
 
     name: ClassVar[str] = "kron"
+    divides: ClassVar[str] = "equal"
 
     momentum: float = 0.9
     update_probability: float | None = None
@@ -103,8 +104,6 @@ class KronRule(MatrixRule):
         check_counts("KronRule", max_size_triangular=self.max_size_triangular, seed=self.seed)
         check_choice("KronRule", DIAGONALS, diagonal=self.diagonal)
         check_flag("KronRule", fit_momentum=self.fit_momentum)
-        if self.split_sizes is not None:
-            raise ValueError("KronRule: Kron does not support split_sizes; its matrices are whole, or equal heads")
 
     def init(self, param: OfParam) -> State:
         """Return a zero average, zero counts, and multiples of the identity as factors."""

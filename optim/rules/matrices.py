@@ -17,7 +17,9 @@ from optim.param_groups import Assign, NamedParams, Settings, checked_assign, na
 from optim.roles import Kind, Named, Role, roles
 from optim.rule import OfParam, State, UpdateRule
 from optim.rules.adamw import AdamWRule
+from optim.rules.divided import divided
 from optim.saved import bare_name
+from optim.sharding import replicated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class MatrixRule(UpdateRule, ABC):
             (DBRX). With `transposed`, each of them is transposed.
         split_sizes: The numbers of rows of the matrices that the tensor contains, such as those of (q, k, v). The step
             is that of separate parameters. The published codes treat such a tensor as one matrix.
+        split_groups: How often the pattern of `split_sizes` is repeated along the rows: 1 if the matrices follow one
+            another, and the number of heads for GPT-NeoX, whose rows are those of (q, k, v) head by head.
         num_heads: The number of matrices with equally many rows that the tensor contains. It excludes `split_sizes`.
         match_rms: The root mean square to which the direction of each matrix is scaled, or None for the rule's own
             scale. With 0.2, which is about that of AdamW's directions, AdamW's learning rate and weight decay carry
@@ -41,10 +45,13 @@ class MatrixRule(UpdateRule, ABC):
     """
 
     elementwise: ClassVar[bool] = False
+    divides: ClassVar[str] = "any"
+    """Into which matrices the rule can divide a tensor: "any", "equal" ones (`num_heads`), or "none"."""
 
     transposed: bool = False
     batched: bool | int = False
     split_sizes: tuple[int, ...] | None = None
+    split_groups: int = 1
     num_heads: int | None = None
     match_rms: float | None = None
 
@@ -60,6 +67,14 @@ class MatrixRule(UpdateRule, ABC):
             object.__setattr__(self, "split_sizes", tuple(sizes))
         if self.num_heads is not None:
             check_positive_counts(name, num_heads=self.num_heads)
+        check_positive_counts(name, split_groups=self.split_groups)
+        if self.split_groups > 1 and self.split_sizes is None:
+            raise ValueError(f"{name}: split_groups = {self.split_groups} needs split_sizes, the pattern of each group")
+        if self.divides != "any" and self.split_sizes is not None:
+            whole = "whole, or equal heads" if self.divides == "equal" else "whole"
+            raise ValueError(f"{name}: {name[:-4]} does not support split_sizes; its matrices are {whole}")
+        if self.divides == "none" and self.num_heads is not None:
+            raise ValueError(f"{name}: {name[:-4]} does not support num_heads; its matrices are whole")
         if self.match_rms is not None:
             check_positive(name, match_rms=self.match_rms)
         if self.num_heads is not None and self.split_sizes is not None:
@@ -97,10 +112,11 @@ class MatrixRule(UpdateRule, ABC):
             raise ValueError(f"{name}: transposed=True needs matrices; a parameter has shape {shape}")
         _, rows, columns = self.matrix_shape(shape)
         rows = columns if self.transposed else rows
-        if self.split_sizes is not None and sum(self.split_sizes) != rows:
+        if self.split_sizes is not None and sum(self.split_sizes) * self.split_groups != rows:
+            often = f", {self.split_groups} times," if self.split_groups > 1 else ""
             raise ValueError(
-                f"{name}: split_sizes {self.split_sizes} do not add up to the {rows} rows of a parameter of shape "
-                f"{shape}"
+                f"{name}: split_sizes {self.split_sizes}{often} do not add up to the {rows} rows of a parameter of "
+                f"shape {shape}"
             )
         if self.num_heads is not None and rows % self.num_heads:
             raise ValueError(
@@ -152,7 +168,12 @@ class MatrixRule(UpdateRule, ABC):
             y = y.mT
         if self.num_heads:
             y = y.reshape(y.shape[0] * self.num_heads, y.shape[1] // self.num_heads, y.shape[2])
-        return list(torch.split(y, list(self.split_sizes), dim=1)) if self.split_sizes else [y]
+        if not self.split_sizes:
+            return [y]
+        if self.split_groups == 1:
+            return list(torch.split(y, list(self.split_sizes), dim=1))
+        grouped = replicated(y).reshape(y.shape[0], self.split_groups, -1, y.shape[2])
+        return [part.flatten(1, 2) for part in torch.split(grouped, list(self.split_sizes), dim=2)]
 
     def directed(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """Return the direction whose matrices are given, scaled to `match_rms` if that is set.
@@ -166,7 +187,8 @@ class MatrixRule(UpdateRule, ABC):
         """
         if self.match_rms is not None:
             stacks = [
-                x * (self.match_rms / x.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=_tiny(x)))
+                x
+                * (self.match_rms / x.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=torch.finfo(x.dtype).tiny))
                 for x in stacks
             ]
         return self.joined(stacks, shape)
@@ -181,14 +203,15 @@ class MatrixRule(UpdateRule, ABC):
         Returns:
             A tensor of that shape.
         """
-        y = torch.cat(list(stacks), dim=1) if len(stacks) > 1 else stacks[0]
+        if self.split_groups > 1:
+            y = torch.cat([x.reshape(x.shape[0], self.split_groups, -1, x.shape[2]) for x in stacks], dim=2).flatten(
+                1, 2
+            )
+        else:
+            y = torch.cat(list(stacks), dim=1) if len(stacks) > 1 else stacks[0]
         if self.num_heads:
             y = y.reshape(y.shape[0] // self.num_heads, y.shape[1] * self.num_heads, y.shape[2])
         return (y.mT if self.transposed else y).reshape(tuple(shape))
-
-
-def _tiny(x: Tensor) -> float:
-    return torch.finfo(x.dtype).tiny
 
 
 def _is_count(value: object) -> bool:
@@ -208,6 +231,7 @@ class Split:
         kinds: The kinds of parameters that the matrix rule steps, with its settings for them.
         told: The roles that the model's module types assign to parameters, by name.
         rest_needs_lr: If not empty, the reason why the rest needs its own learning rate.
+        split_fused: Whether fused matrices are stepped as separate ones.
     """
 
     own: str
@@ -218,6 +242,7 @@ class Split:
     kinds: Mapping[Kind, Settings]
     told: Mapping[str, Role] = field(default_factory=dict)
     rest_needs_lr: str = ""
+    split_fused: bool = True
 
     def __call__(self, group: Group, optimizer: Optimizer) -> list[Group]:
         """Divide a group into one for each layout of matrices, and one for the rest.
@@ -247,7 +272,10 @@ class Split:
             if settings is None:
                 settings = {key: value for key, value in self._assigned(name).items() if key not in known}
             else:
-                settings = {key: value for key, value in role.layout.items() if key in known} | dict(settings)
+                layout = {key: value for key, value in role.layout.items() if key in known}
+                if self.split_fused:
+                    layout |= divided(optimizer.defaults["rule"], role, {**group, **settings})
+                settings = layout | dict(settings)
             parts.setdefault(f"{matrix} {settings!r}", (settings, matrix, []))[2].append((name, param))
         common = {key: value for key, value in group.items() if key != "params"}
         adamw = {key.removeprefix("adamw_"): common.pop(key) for key in list(common) if key.startswith("adamw_")}
@@ -306,9 +334,10 @@ class MatrixOptimizer(Optimizer):
             `weight_decay`): ``{"conv1": "adamw", "qkv_proj": {"split_sizes": (576, 192, 192)}}``. It takes precedence
             over everything else, and the first part that a name contains wins. Fields of the rule make a tensor a
             matrix; `lr` and `weight_decay` alone do not, and also apply to the bias of the same layer.
-        kinds: A mapping from kinds of parameters to settings of the matrix rule for them. AdamW steps all other kinds.
-            It also steps the experts of a mixture in one tensor if the rule has no `batched`, unless `assign` says
-            otherwise.
+        kinds: A mapping from kinds of parameters to settings of the matrix rule for them. AdamW steps all other kinds,
+            and the experts of a mixture in one tensor if the rule has no `batched`, unless `assign` says otherwise.
+        split_fused: Whether fused matrices (query, key and value; gate and up) are stepped as separate ones where
+            `optim.roles` finds their parts. Rules such as SOAP divide tensors only into equal matrices.
         adamw_wrapper: A function that makes the rule of the rest from AdamW's rule.
         adamw_lr_missing: If not empty, the reason why `adamw_lr` must be given, for the error message.
         fields: Fields of the matrix rule.
@@ -339,11 +368,13 @@ class MatrixOptimizer(Optimizer):
         adamw_eps_before_correction: bool = False,
         assign: Assign | None = None,
         kinds: Mapping[Kind, Settings] | None = None,
+        split_fused: bool = True,
         adamw_wrapper: Callable[[AdamWRule], UpdateRule] | None = None,
         adamw_lr_missing: str = "",
         **fields: Any,
     ) -> None:
         own = type(self).__name__
+        check_flag(own, split_fused=split_fused)
         groups = named_groups(parameters, f"{own} finds matrices by name: pass the model or model.named_parameters()")
         names = [name for group in groups for name, _ in group["params"]]
         adamw = AdamWRule(betas=adamw_betas, eps=adamw_eps, eps_before_correction=adamw_eps_before_correction)
@@ -362,6 +393,7 @@ class MatrixOptimizer(Optimizer):
             kinds={"matrix": {}} if kinds is None else kinds,
             told=told_by(parameters),
             rest_needs_lr=adamw_lr_missing,
+            split_fused=split_fused,
         )
         super().__init__(groups, rule().with_settings(**fields), lr=lr, weight_decay=weight_decay)
         if not any(isinstance(group["rule"], rule) for group in self.param_groups):

@@ -211,7 +211,7 @@ class Muon(MatrixOptimizer):
             override it.
         options: Fields of `MuonRule`, and the keywords of `MatrixOptimizer`. Without `adamw_lr` the rest uses `lr`,
             which is only suitable for the scale "match_rms_adamw". With another scale `adamw_lr` must be given (Keller
-            Jordan's are `lr` 0.02 and `adamw_lr` 3e-4).
+            Jordan's are `lr` 0.02 and `adamw_lr` 3e-4). `split_fused` is False by default under the convention "torch".
 
     Raises:
         ValueError: If there is no matrix, or if `adamw_lr` is needed and missing.
@@ -239,6 +239,7 @@ class Muon(MatrixOptimizer):
     ) -> None:
         check_choice("Muon", tuple(CONVENTIONS), convention=convention)
         usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)} | _ADAMW.get(convention, {})
+        usual["split_fused"] = convention != "torch"  # which is there to equal `torch.optim.Muon`
         options = usual | CONVENTIONS[convention] | options
         scale = options.get("scale", MuonRule().scale)
         matched = scale == "match_rms_adamw" or options.get("match_rms") is not None

@@ -69,6 +69,7 @@ class ShampooRule(MatrixRule):
     """
 
     name: ClassVar[str] = "shampoo"
+    divides: ClassVar[str] = "equal"
 
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-12
@@ -94,8 +95,6 @@ class ShampooRule(MatrixRule):
             counts["start_preconditioning_step"] = self.start_preconditioning_step
         check_positive_counts(called, **counts)
         check_choice(called, GRAFTINGS, grafting=self.grafting)
-        if self.split_sizes is not None:
-            raise ValueError(f"{called}: Shampoo does not support split_sizes; its matrices are whole, or equal heads")
 
     def init(self, param: OfParam) -> State:
         """Return zero averages and factors, a zero step count, and identities as inverse roots."""

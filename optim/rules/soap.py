@@ -65,6 +65,7 @@ class SOAPRule(MatrixRule):
     """
 
     name: ClassVar[str] = "soap"
+    divides: ClassVar[str] = "equal"
 
     betas: tuple[float, float] = (0.95, 0.95)
     eps: float = 1e-8
@@ -84,8 +85,6 @@ class SOAPRule(MatrixRule):
         check_counts("SOAPRule", max_precond_dim=self.max_precond_dim)
         if self.variant == "kl" and self.eps == 0:
             raise ValueError("SOAPRule: eps = 0; the variant 'kl' divides by eigenvalues of at least eps")
-        if self.split_sizes is not None:
-            raise ValueError("SOAPRule: SOAP does not support split_sizes; its matrices are whole, or equal heads")
 
     def init(self, param: OfParam) -> State:
         """Return zero moments and factors, a zero step count, and identities as bases."""

@@ -184,7 +184,7 @@ class DataTrainer(FiniteSteps):
             if narrow and self.recipe.rounding != "nearest":
                 say("weights in bfloat16 are rounded stochastically, so that small updates are not lost (--rounding)")
             if len(self.optimizer.param_groups) > 1:
-                say(optim.group_table(self.optimizer))
+                say("\n".join(filter(None, (optim.group_table(self.optimizer), optim.fused_note(self.optimizer)))))
         return self.optimizer  # type: ignore[no-any-return]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import Parameter
 
-from optim import RULES, BlockwiseAdamRule, Optimizer, SPAMRule, UpdateRule
+from optim import RULES, BlockwiseAdamRule, MuonRule, Optimizer, SPAMRule, UpdateRule
 from tests.optim.harness import parameters, set_grads
 from tests.optim.specs import SPECS
 
@@ -87,6 +87,19 @@ def test_steps_as_a_plain_parameter(rule: UpdateRule, mesh: DeviceMesh) -> None:
         theirs.step()
     for p, shard in zip(plain, shards, strict=True):
         torch.testing.assert_close(shard.detach().full_tensor(), p.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_parts_of_shards_are_those_of_the_whole(mesh: DeviceMesh) -> None:
+    """Fused matrices, whose parts follow one another or alternate."""
+    for groups, sizes in ((1, (4, 2, 2)), (2, (2, 1, 1))):
+        (plain,) = parameters([(8, 3)], torch.float32)
+        shard = Parameter(sharded(plain, mesh))
+        rule = MuonRule(split_sizes=sizes, split_groups=groups, ns_dtype="param")
+        set_grads([plain], 1)
+        shard.grad = sharded(plain.grad, mesh)
+        for p in (plain, shard):
+            Optimizer([p], rule, lr=0.05).step()
+        torch.testing.assert_close(shard.detach().full_tensor(), plain.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_mask_of_positions_refuses_shards(mesh: DeviceMesh) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from optim import AdamWRule, FusedBackward, Optimizer, ProdigyRule, SGDRule, create, fuse_backward, set_rounding
 from optim.distributed import OwnerComputes
@@ -89,6 +90,43 @@ def test_tied_weights_are_stepped_once_and_frozen_ones_later() -> None:
         assert float(optimizer.state[net.frozen.weight]["step"]) == 1
     net(torch.arange(6)).square().sum().backward()
     assert net.table.weight.grad is not None, "the hooks are gone"
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, layers: int, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.reentrant = nn.Linear(8, 8), reentrant
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for i in range(2):
+            x = checkpoint(self.layers[i % len(self.layers)], x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("layers", [2, 1])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_are_stepped_once_or_refused(layers: int, reentrant: bool) -> None:
+    """Reentrant checkpointing is a backward pass per segment; a layer in two segments would be stepped twice."""
+    ends = []
+    for fused in (False, True):
+        net = Checkpointed(layers, reentrant)
+        optimizer = create("adamw", net, lr=0.01)
+        if fused:
+            fuse_backward(net, optimizer)
+        if fused and reentrant and layers == 1:
+            with pytest.raises(RuntimeError, match=r"'layers\.0\.0\.\w+' arrives in parts.*use_reentrant=False"):
+                loss(net).backward()
+            continue
+        for _ in range(3):
+            loss(net).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append([*net.parameters()])
+    if len(ends) == 2:
+        assert_same(*ends)
 
 
 def test_changed_settings_rounding_and_groups() -> None:

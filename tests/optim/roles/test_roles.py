@@ -332,7 +332,8 @@ def test_matrices_of_every_decoder_are_its_linear_layers_and_experts(name):
     model = zoo.build(name)
     named = list(model.named_parameters())
     found = roles(named)
-    assert found == roles(named, model)
+    told = roles(named, model)
+    assert all((r.kind, r.layout) == (told[n].kind, told[n].layout) for n, r in found.items())
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
     for n, p in named:
         owner, is_found = modules[n.rpartition(".")[0]], found[n].kind == "matrix"

@@ -81,6 +81,21 @@ def test_parts_of_rows_are_separate_parameters(name):
         assert_close([got.T], [want], torch.float64, f"{layout}, transposed")
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "conda"])
+def test_parts_that_alternate_are_separate_parameters(name):
+    """Two heads of (query, key, value) in turn, or gate and up row by row, in every expert of a stack."""
+    start, grads = randn((2, 12, 5), 1), [randn((2, 12, 5), t) for t in range(2, 5)]
+    for sizes, groups in (((4, 1, 1), 2), ((1, 1), 6)):
+        rows = torch.arange(12).view(groups, -1).split(sizes, dim=1)
+        want = start.clone()
+        for part in rows:
+            for expert in range(2):
+                at = (expert, part.flatten())
+                want[at] = moved(rule_of(name), start[at], [g[at] for g in grads])
+        rule = rule_of(name, split_sizes=sizes, split_groups=groups, batched=True)
+        assert_close([moved(rule, start, grads)], [want], torch.float64, f"{sizes}, {groups} times")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_convolutions_are_flattened(name):
     start, grads = randn((4, 3, 2, 2), 1), [randn((4, 3, 2, 2), t) for t in range(2, 5)]
@@ -98,6 +113,7 @@ def test_convolutions_are_flattened(name):
         ((4, 3, 2), {"batched": 2}, "cannot be divided into 2 matrices"),
         ((4, 3), {"batched": 2, "num_heads": 4}, "2 rows of a .* 4 heads"),
         ((4, 3), {"split_sizes": (2, 1)}, "split_sizes .* the 4 rows"),
+        ((4, 3), {"split_sizes": (1, 1), "split_groups": 3}, "split_sizes .* 3 times, .* the 4 rows"),
         ((4, 3), {"num_heads": 3}, "4 rows of a .* 3 heads"),
     ],
 )
@@ -113,6 +129,8 @@ def test_layouts_that_do_not_fit_are_refused(shape, layout, part):
         ({"split_sizes": (2, 0)}, "split_sizes"),
         ({"split_sizes": "222"}, "split_sizes"),
         ({"num_heads": 0}, "num_heads"),
+        ({"split_sizes": (2, 2), "split_groups": 0}, "split_groups"),
+        ({"split_groups": 2}, "needs split_sizes"),
         ({"num_heads": 2, "split_sizes": (2, 2)}, "set only one of them"),
         ({"transposed": 1}, "transposed"),
         ({"batched": 1}, "batched = 1"),
