@@ -16,6 +16,7 @@ MAY_IMPORT = {"optim": {"optim"}, "datatools": {"optim", "datatools"}, "pipeline
 SHARED_MODULES = {
     "optim.backend", "optim.distributed", "optim.linalg", "optim.unknown", "optim.zeroth_order",
     "datatools.files", "datatools.files.sealed", "datatools.files.seals", "datatools.large",
+    "datatools.compact",
 }  # fmt: skip
 """Modules that other packages may use beside what a package's __init__ exports."""
 

@@ -1,4 +1,10 @@
-"""plan.json of a feature store: what determines its features, and which keys belong to which unit."""
+"""plan.json of a feature store: what determines its features, and how its rows are divided into units.
+
+    {"format": 2, "meta": ..., "dim": ..., "dtype": ..., "ranges": [...], "digest": ...}
+
+`ranges` has one entry for the first rows of the store and one for each time that rows were added, and names the file of
+their keys (see `datatools.features.ranges`). Format 1 has "units" in its place, the keys of each unit as text.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from datatools import files
+from datatools.compact import Keys
 from datatools.errors import DataError
+from datatools.features import ranges
 
-FORMAT = 1
-
+FORMAT = 2
+"""The format of new stores; stores of format 1 are read, and grow in their format."""
 
 NAME = "plan.json"
 
@@ -143,12 +151,52 @@ def read(folder: Path) -> dict[str, Any]:
         plan = unseal(files.read_bytes(path))
     except ValueError as error:
         raise DataError(f"{path} is damaged: {error}; remove the folder and extract the features again") from None
-    if plan.get("format") != FORMAT:
+    if plan.get("format") not in (1, FORMAT):
         raise DataError(
             f"{path} has format {plan.get('format')}, written by another version of datatools; this one "
-            f"reads format {FORMAT}: use that version, or extract into another folder"
+            f"reads formats 1 and {FORMAT}: use that version, or extract into another folder"
         )
     return plan
+
+
+def units_of(folder: Path, plan: Mapping[str, Any]) -> ranges.Units:
+    """Return the units of a plan.
+
+    Args:
+        folder: the store.
+        plan: its plan.
+
+    Returns:
+        The units.
+
+    Raises:
+        DataError: if a file of keys is missing or damaged.
+
+    """
+    return ranges.Listed(plan["units"]) if plan["format"] == 1 else ranges.Ranges(folder, plan["ranges"])
+
+
+def extended(folder: Path, plan: Mapping[str, Any], keys: Keys, rows_per_unit: int) -> dict[str, Any]:
+    """Return a plan with more rows, whose keys are written to the folder; the plan itself is not.
+
+    Args:
+        folder: the store.
+        plan: its plan.
+        keys: the keys of the new rows.
+        rows_per_unit: rows per unit.
+
+    Returns:
+        The new plan.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    """
+    if plan["format"] == 1:
+        added = [" ".join(keys[start : start + rows_per_unit]) for start in range(0, len(keys), rows_per_unit)]
+        return {**plan, "units": [*plan["units"], *added]}
+    written = [ranges.write(folder, keys, rows_per_unit)] if len(keys) else []
+    return {**plan, "ranges": [*plan["ranges"], *written]}
 
 
 def refusal(folder: Path, differing: Sequence[tuple[str, Any, Any]]) -> str:
@@ -177,20 +225,29 @@ def refusal(folder: Path, differing: Sequence[tuple[str, Any, Any]]) -> str:
     )
 
 
-def check_keys(keys: Sequence[str]) -> None:
+def checked(keys: Sequence[str]) -> Keys:
     """Refuse keys that are not content hashes, or that appear twice.
 
     Args:
         keys: keys of rows.
 
+    Returns:
+        The same keys.
+
     Raises:
-        ValueError: for the first such key.
+        ValueError: for the first key that is not 32 hexadecimal characters, or appears twice.
 
     """
-    seen: set[str] = set()
-    for key in keys:
-        if not _KEY.fullmatch(key):
-            raise ValueError(f"a row's key must be 32 hex characters (its content hash); got {key[:40]!r}")
-        if key in seen:
-            raise ValueError(f"key {key} appears twice; pass each key once, and map equal rows to the same key")
-        seen.add(key)
+    if not isinstance(keys, Keys):
+        for key in keys:
+            if not _KEY.fullmatch(key):
+                raise ValueError(f"a row's key must be 32 hex characters (its content hash); got {key[:40]!r}")
+        keys = Keys.of(keys)
+    repeated = keys.repeated()
+    if repeated.any():
+        seen: set[str] = set()
+        for place in repeated.nonzero()[0].tolist():
+            if (key := keys[place]) in seen:
+                raise ValueError(f"key {key} appears twice; pass each key once, and map equal rows to the same key")
+            seen.add(key)
+    return keys

@@ -2,9 +2,10 @@
 
 A store is a folder:
 
-    plan.json              meta, dim, dtype, and which keys belong to which unit; only new units are appended
+    plan.json              meta, dim, dtype, and the files of keys with the size of their units; new ones are appended
+    keys-DIGEST.bin        the keys of the rows, and a digest of the keys of each unit
     part-00000.safetensors tensors `features` [n, dim or packed], `norms` [n], for integer dtypes `scale` [n]
-    part-00000.json        the sidecar, written last: digest of the payload, keys, statuses, info
+    part-00000.json        the sidecar, written last: digests of the payload and of the keys, statuses, info
 
 A unit without a sidecar does not exist. All files are replaced atomically, and their bytes depend only on what was
 written (not on time, host or process), so a run that was killed and resumed ends with the same bytes as one that was
@@ -27,10 +28,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from datatools import files
+from datatools.compact import Keys, Names
 from datatools.errors import DataError, EnvironmentProblem, UsageError, did_you_mean
 from datatools.features import plan as plans
+from datatools.features import ranges
 from datatools.features import units as payloads
 from datatools.features.encodings import ENCODINGS
+from datatools.features.keys import packed
 from datatools.features.unit_files import UnitFiles
 
 
@@ -45,7 +49,7 @@ class Block(NamedTuple):
 
     """
 
-    keys: list[str]
+    keys: Sequence[str]
     features: Float[Tensor, "n dim"]
     norms: Float[Tensor, " n"]
     status: list[str]
@@ -61,9 +65,9 @@ class Rows(NamedTuple):
 
     """
 
-    keys: list[str]
+    keys: Sequence[str]
     norms: Float[Tensor, " n"]
-    status: list[str]
+    status: Sequence[str]
 
 
 class GradientFeatures(UnitFiles):
@@ -146,21 +150,21 @@ class GradientFeatures(UnitFiles):
             raise UsageError(f"unknown feature dtype '{dtype}'{did_you_mean(dtype, ENCODINGS)}")
         if dim < 1 or (rows_per_unit is not None and rows_per_unit < 1):
             raise ValueError(f"a feature store needs dim >= 1 and rows_per_unit >= 1; got {dim} and {rows_per_unit}")
-        plans.check_keys(keys)
+        given = plans.checked(keys)
         path = files.make_folder(folder)
         head = {"format": plans.FORMAT, "meta": json.loads(files.json_bytes(meta)), "dim": dim, "dtype": dtype}
         with files.folder_mutex(path):
             files.remove_leftovers(path)
-            plan = plans.read(path) if (path / plans.NAME).exists() else {**head, "units": []}
+            there = (path / plans.NAME).exists()
+            plan = plans.read(path) if there else {**head, "ranges": []}
+            head["format"] = plan["format"]
             if differing := list(plans.differences(plans.head_of(plan), head)):
                 raise plans.OtherFeatures(plans.refusal(path, differing))
-            planned = {key for unit in plan["units"] for key in unit.split()}
-            new = [key for key in keys if key not in planned]
-            size = rows_per_unit or max(16, min(-(-len(new) // 64), (32 << 20) // (4 * dim)))
-            added = [" ".join(new[start : start + size]) for start in range(0, len(new), size)]
-            if added or not (path / plans.NAME).exists():
-                plan = {**plan, "units": [*plan["units"], *added]}
-                if (path / plans.NAME).exists():
+            new = given.some(ranges.absent(plans.units_of(path, plan), given).nonzero()[0])
+            if len(new) or not there:
+                size = rows_per_unit or max(16, min(-(-len(new) // 64), (32 << 20) // (4 * dim)))
+                plan = plans.extended(path, plan, new, size)
+                if there:
                     files.write_bytes(path / plans.NAME, plans.seal(plan), seal=False)
                 elif not files.write_new(
                     path / plans.NAME, plans.seal(plan)
@@ -190,7 +194,7 @@ class GradientFeatures(UnitFiles):
 
     def __len__(self) -> int:
         """Return the number of planned rows."""
-        return sum(map(self._rows, range(self.units)))
+        return self._units.count
 
     def missing_units(self, rank: int = 0, world: int = 1) -> list[int]:
         """List the missing units of one rank, including those with a damaged sidecar, which are moved aside first.
@@ -253,7 +257,7 @@ class GradientFeatures(UnitFiles):
             EnvironmentProblem: if the file system reports an error, such as a full disk.
 
         """
-        n = self._rows(unit)
+        n = self.unit_rows(unit)
         if features.shape != (n, self.dim) or not features.is_floating_point():
             raise ValueError(
                 f"unit {unit} of {self.folder} needs float features [{n}, {self.dim}]; "
@@ -268,14 +272,14 @@ class GradientFeatures(UnitFiles):
         payload = self._path(unit, "safetensors")
         digest = files.write_pieces(payload, payloads.pieces(features, states, self.dtype), seal=False)
         body = {
-            "format": plans.FORMAT,
+            "format": self._format,
             "unit": unit,
             "rows": n,
             "store": self._meta_digest,
             "payload": {"file": payload.name, "bytes": payloads.payload_bytes(self.dtype, self.dim, n), "xxh3": digest},
             "status": {state: [i for i in range(n) if states[i] == state] for state in payloads.STATUSES[1:]},
             "info": json.loads(files.json_bytes(info or {})),
-            "keys": self._units[unit],
+            "keys": self._units.mark(unit),
         }
         files.write_bytes(sidecar, plans.seal(body), seal=False)
 
@@ -302,7 +306,7 @@ class GradientFeatures(UnitFiles):
                 status = view.status
                 for start in range(0, len(keys), rows):
                     part = slice(start, start + rows)
-                    block = Block(keys[part], view.features(part), view.norms[part].clone(), status[part])
+                    block = Block(Keys(keys.data[part]), view.features(part), view.norms[part].clone(), status[part])
                     view.release(part)
                     yield block
 
@@ -317,12 +321,15 @@ class GradientFeatures(UnitFiles):
 
         """
         self._require_complete()
-        status, norms = [], [torch.zeros(0)]
+        n, start = len(self), 0
+        keys, norms, status = np.empty((n, 16), np.uint8), torch.empty(n), np.empty(n, np.int32)
         for unit in range(self.units):
+            part = slice(start, start := start + self.unit_rows(unit))
             with self._quarantining(unit), self._mapped(unit) as view:
-                norms.append(view.norms.clone())
-                status.extend(view.status)
-        return Rows([key for unit in self._units for key in unit.split()], torch.cat(norms), status)
+                norms[part] = view.norms
+                status[part] = [payloads.STATUSES.index(state) for state in view.status]
+            keys[part] = self.unit_keys(unit).data
+        return Rows(Keys(keys), norms, Names(status, payloads.STATUSES))
 
     def take(self, keys: Sequence[str]) -> Float[Tensor, "n dim"]:
         """Read the features of some rows. Only their units must be complete.
@@ -338,17 +345,18 @@ class GradientFeatures(UnitFiles):
 
         """
         out = torch.empty(len(keys), self.dim)
-        wanted: dict[int, list[tuple[int, int]]] = {}
-        for place, key in enumerate(keys):
-            if key not in self._place:
-                raise DataError(f"{self.folder} has no row {key}; extract the features of the current data again")
-            unit, row = self._place[key]
-            wanted.setdefault(unit, []).append((place, row))
-        for unit, pairs in sorted(wanted.items()):
+        known = Keys.of(key if packed([key]) is not None else "" for key in keys) if packed(keys) is None else keys
+        units, rows = self._index.find(Keys.of(known))
+        if (units < 0).any():
+            gone = keys[int((units < 0).argmax())]
+            raise DataError(f"{self.folder} has no row {gone}; extract the features of the current data again")
+        order = np.argsort(units, kind="stable")
+        wanted, first = np.unique(units[order], return_index=True)
+        for unit, places in zip(wanted.tolist(), np.split(order, first[1:]), strict=False):
             with self._quarantining(unit), self._mapped(unit) as view:
-                places, rows = zip(*pairs, strict=True)
-                for start in range(0, len(rows), 4096):
-                    out[list(places[start : start + 4096])] = view.features(np.array(rows[start : start + 4096]))
+                for start in range(0, len(places), 4096):
+                    part = places[start : start + 4096]
+                    out[torch.from_numpy(part)] = view.features(rows[part])
         return out
 
     def verify(self) -> list[tuple[int, str]]:

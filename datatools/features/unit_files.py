@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from datatools import files
+from datatools.compact import Keys
 from datatools.errors import DataError
 from datatools.features import plan as plans
+from datatools.features import ranges
 from datatools.features import units as payloads
+
+_KEPT = 64  # sidecars in memory
 
 
 class UnitFiles:
@@ -29,18 +36,19 @@ class UnitFiles:
         self.meta: dict[str, Any] = plan["meta"]
         self.dim: int = plan["dim"]
         self.dtype: str = plan["dtype"]
-        self._units: list[str] = plan["units"]  # keys joined by spaces: a third of the memory of separate strings
+        self._format: int = plan["format"]
+        self._units = plans.units_of(folder, plan)
         self._meta_digest = plans.meta_digest(plan)
         self._verify = verify
         self._sound: set[int] = set()  # units whose payload digest this object has verified
-        self._sidecars: dict[int, dict[str, Any]] = {}
+        self._sidecars: dict[int, dict[str, Any]] = {}  # of the last few units
 
     @property
     def units(self) -> int:
         """Number of planned units."""
         return len(self._units)
 
-    def unit_keys(self, unit: int) -> list[str]:
+    def unit_keys(self, unit: int) -> Keys:
         """Return the keys of a unit, in the order of its rows.
 
         Args:
@@ -49,12 +57,39 @@ class UnitFiles:
         Returns:
             The keys.
 
+        Raises:
+            DataError: if the file of keys is damaged.
+
         """
-        return self._units[unit].split()
+        return self._units.keys(unit)
+
+    def unit_rows(self, unit: int) -> int:
+        """Return the number of rows of a unit.
+
+        Args:
+            unit: number of the unit.
+
+        Returns:
+            The number.
+
+        """
+        return self._units.rows(unit)
+
+    def absent(self, keys: Sequence[str]) -> NDArray[np.bool_]:
+        """Find out which keys are not planned.
+
+        Args:
+            keys: n keys, each once.
+
+        Returns:
+            bool [n].
+
+        """
+        return ranges.absent(self._units, Keys.of(keys))
 
     @cached_property
-    def _place(self) -> dict[str, tuple[int, int]]:
-        return {key: (unit, row) for unit, keys in enumerate(self._units) for row, key in enumerate(keys.split())}
+    def _index(self) -> ranges.Index:
+        return ranges.Index(self._units)
 
     def written(self, unit: int) -> bool:
         """Return whether a unit is committed, also by another process; its content is not read.
@@ -67,9 +102,6 @@ class UnitFiles:
 
         """
         return self._path(unit, "json").exists()
-
-    def _rows(self, unit: int) -> int:
-        return (len(self._units[unit]) + 1) // 33  # 32 characters and a space
 
     def _path(self, unit: int, suffix: str) -> Path:
         return self.folder / f"part-{unit:05d}.{suffix}"
@@ -97,20 +129,21 @@ class UnitFiles:
         except ValueError as error:
             raise payloads.Damaged(f"{path.name}: {error}") from None
         expected = {
-            "format": plans.FORMAT,
+            "format": self._format,
             "unit": unit,
-            "rows": self._rows(unit),
+            "rows": self.unit_rows(unit),
             "store": self._meta_digest,
-            "keys": self._units[unit],
+            "keys": self._units.mark(unit),
         }
         for name, value in expected.items():
             if body.get(name) != value:
                 raise payloads.Damaged(
                     f"{path.name} belongs to another store or unit: its '{name}' differs from {plans.NAME}"
                 )
-        del body["keys"]  # they are in the plan
-        self._sidecars[unit] = body
-        return body
+        while len(self._sidecars) >= _KEPT:
+            self._sidecars.pop(next(iter(self._sidecars)))
+        self._sidecars[unit] = {name: body[name] for name in ("payload", "status", "info")}
+        return self._sidecars[unit]
 
     def _check_payload(self, unit: int) -> None:
         """Compare the whole payload with its digest; raises Damaged."""
@@ -121,7 +154,7 @@ class UnitFiles:
     def _mapped(self, unit: int) -> Iterator[payloads.View]:
         if unit not in self._sound and self._verify:
             self._check_payload(unit)
-        sidecar, n = self._sidecar(unit), self._rows(unit)
+        sidecar, n = self._sidecar(unit), self.unit_rows(unit)
         with payloads.mapped(self._path(unit, "safetensors"), n, self.dim, self.dtype, sidecar["status"]) as view:
             yield view
 

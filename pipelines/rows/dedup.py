@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datatools import UsageError
-from pipelines.rows.compact import Keys
+from datatools.compact import Keys
 from pipelines.rows.index import Pool
 from pipelines.rows.normal import beginning_of_test, beginnings_of_other
 from pipelines.rows.row import Row

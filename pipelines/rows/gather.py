@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.rows.compact import Keys, Names
+from datatools.compact import Keys, Names
 from pipelines.rows.ids import Ids, Piece
 from pipelines.rows.part import Input, Part
 

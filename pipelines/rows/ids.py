@@ -12,7 +12,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from pipelines.rows.compact import Texts
+from datatools.compact import Texts
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datatools import MicroBatches, micro_batches
+from datatools.compact import Keys, Labels, Names
 from pipelines.models.losses import collate
-from pipelines.rows.compact import Keys, Labels, Names
 from pipelines.rows.encode import Encoder
 from pipelines.rows.index import Pool
 from pipelines.rows.row import BadRow

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.rows.compact import Keys, Names
+from datatools.compact import Keys, Names
 from pipelines.rows.gather import Columns
 from pipelines.rows.index import Pool
 from pipelines.rows.row import BadRow

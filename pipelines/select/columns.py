@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from datatools import Selection
-from pipelines.rows.compact import Names
+from datatools.compact import Names
 from pipelines.select.scored import Context, Scored
 from pipelines.select.summary import Ranking
 from pipelines.settings import redaction

@@ -22,7 +22,7 @@ import yaml
 from numpy.typing import NDArray
 
 from datatools import Selection, files
-from pipelines.rows.compact import Names
+from datatools.compact import Names
 from pipelines.runs.redact import redact
 from pipelines.select.scored import Context, Scored
 from pipelines.settings.select import MixtureConfig

@@ -179,10 +179,10 @@ def _hidden_states(context: Context, kind: str, rows: Rows, chosen: list[int]) -
                 if besides is not None:  # before the states: a run that is killed between the two computes both again
                     besides.add(keys, lost)
                 store.write_unit(unit, found)
-    keys = [rows.keys[i] for i in chosen]
+    wanted = [rows.keys[i] for i in chosen]
     held = store.rows()
     finite = {key for key, status in zip(held.keys, held.status, strict=True) if status == "ok"}
-    return store.take(keys), torch.tensor([key in finite for key in keys])
+    return store.take(wanted), torch.tensor([key in finite for key in wanted])
 
 
 def _losses_besides(

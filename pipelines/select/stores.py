@@ -133,8 +133,7 @@ def _opened_by_the_leader(folder: Path, rows: Mapping[str, int], meta: Mapping[s
             if time.monotonic() - odd_since > _PATIENCE_SECONDS:
                 raise DataError(f"{folder}: this worker and the leader of the run differ in {', '.join(odd[:3])}")
             return False
-        keys = {key for unit in range(store.units) for key in store.unit_keys(unit)}
-        return keys.issuperset(rows)
+        return not store.absent(list(rows)).any()
 
     following.until(planned)
     return GradientFeatures.open(folder)
@@ -157,10 +156,10 @@ def job_of(store: GradientFeatures, bar: Progress, size: Callable[[int], int]) -
 
 def _refuse_unfinished(store: GradientFeatures, rows: Mapping[str, int]) -> None:
     """Refuse a shared store with planned rows that are not computed and that this run does not have."""
-    unknown = {key for unit in store.missing_units() for key in store.unit_keys(unit)} - set(rows)
+    unknown = sum(key not in rows for unit in store.missing_units() for key in store.unit_keys(unit))
     if unknown:
         raise DataError(
-            f"{store.folder}: {len(unknown)} rows that another run planned there are not computed yet; finish that "
+            f"{store.folder}: {unknown} rows that another run planned there are not computed yet; finish that "
             "run first, or choose another features.folder"
         )
 

@@ -271,7 +271,7 @@ def full(folder: Path, kills: int, seed: int) -> dict[str, object]:
     for limit in sorted({0, *(path.stat().st_size - 1 for path in (folder / "reference").iterdir())}):
         store = folder / f"limit-{limit}"
         if limit:
-            open_store(store, units)  # the plan is the largest file here, without it the others would not be reached
+            open_store(store, units)  # plan and keys, so that the other files are reached
 
         def work(limit: int = limit, store: Path = store) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import tempfile
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from safetensors.torch import load_file
 
 from datatools import DataError, GradientFeatures, UsageError, files
+from datatools.features import plan as plans
 from datatools.features.encodings import ENCODINGS, decode, encode, normalize
 from tests.datatools.features.filled import KEYS, META, create, fill, key, rows_of
 
@@ -128,12 +131,15 @@ def test_bytes_are_a_function_of_the_content(tmp_path):
         for unit in order if name == "a" else reversed(order):
             store.write_unit(unit, rows_of(store.unit_keys(unit)))
     contents = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("a", "b")]
-    assert contents[0] == contents[1] and len(contents[0]) == 1 + 2 * 4
+    assert contents[0] == contents[1] and len(contents[0]) == 2 + 2 * 4
 
 
 def test_stores_of_earlier_versions_are_read(tmp_path):
     """What stands in the files is compared byte for byte when they are read: another spelling would orphan them all."""
-    store = create(tmp_path, n=2, dim=3, dtype="int8", meta={"b": 1, "a": "ä"})
+    meta = {"b": 1, "a": "ä"}
+    plan = {"format": 1, "meta": meta, "dim": 3, "dtype": "int8", "units": [" ".join(KEYS[:2])]}
+    (tmp_path / "plan.json").write_bytes(plans.seal(plan))
+    store = create(tmp_path, n=2, dim=3, dtype="int8", meta=meta)
     store.write_unit(0, torch.tensor([[1.0, -2.0, 2.0], [0.0, 0.0, 0.0]]), info={"loss": [0.5, None]})
     header = (
         b'{"features":{"dtype":"I8","shape":[2,3],"data_offsets":[0,6]},"norms":{"dtype":"F32","shape":[2],'
@@ -145,6 +151,48 @@ def test_stores_of_earlier_versions_are_read(tmp_path):
     assert files.digest(payload) == "0e2d16019f31c1a918303e9611e60569"
     assert files.digest((tmp_path / "part-00000.json").read_bytes()) == "7d0f7f75a20ecb2e04fc9a48a201e5a8"
     assert files.digest((tmp_path / "plan.json").read_bytes()) == "97b4044e9855df10530d68d15148b363"
+    assert store.take(KEYS[1::-1]).tolist()[0] == [0, 0, 0] and store.rows().keys == KEYS[:2]
+    grown = create(tmp_path, n=4, dim=3, dtype="int8", meta=meta, per_unit=1)  # stays in its format
+    assert grown.missing_units() == [1, 2] and grown.unit_keys(2) == KEYS[3:4]
+    plan["units"] += KEYS[2:4]
+    assert (tmp_path / "plan.json").read_bytes() == plans.seal(plan) and not list(tmp_path.glob("keys-*"))
+
+
+def test_the_files_of_this_version(tmp_path):
+    """The plan names a file of keys, and a sidecar the digest of its keys: neither grows with the rows of the store."""
+    store = create(tmp_path, n=7, dim=3, meta={"a": 1})
+    fill(store)
+    keys = bytes.fromhex("".join(KEYS[:7]))
+    digests = [files.digest(keys[:96]), files.digest(keys[96:])]
+    last = bytes.fromhex("".join(digests))
+    assert (tmp_path / f"keys-{files.digest(last)}.bin").read_bytes() == keys + last
+    part = {"rows": 7, "rows_per_unit": 6, "digest": files.digest(last)}
+    plan = {"format": 2, "meta": {"a": 1}, "dim": 3, "dtype": "float32", "ranges": [part]}
+    assert (tmp_path / "plan.json").read_bytes() == plans.seal(plan)
+    assert [json.loads((tmp_path / f"part-0000{i}.json").read_text())["keys"] for i in (0, 1)] == digests
+
+
+def test_a_store_of_a_hundred_million_rows_opens_in_no_time(tmp_path):
+    """All its keys are zero, in a sparse file: what is opened is the plan and 16 bytes per unit."""
+    rows, step = 100_000_000, 1024
+    units = -(-rows // step)
+    whole, rest = files.digest(bytes(16 * step)), files.digest(bytes(16 * (rows - (units - 1) * step)))
+    digests = bytes.fromhex(whole) * (units - 1) + bytes.fromhex(rest)
+    part = {"rows": rows, "rows_per_unit": step, "digest": files.digest(digests)}
+    with open(tmp_path / f"keys-{part['digest']}.bin", "wb") as file:
+        file.seek(16 * rows)
+        file.write(digests)
+    plan = {"format": 2, "meta": {}, "dim": 8, "dtype": "int1", "ranges": [part]}
+    (tmp_path / "plan.json").write_bytes(plans.seal(plan))
+    tracemalloc.start()
+    start = time.perf_counter()
+    store = GradientFeatures.open(tmp_path)
+    keys = store.unit_keys(units - 1)
+    assert time.perf_counter() - start < 1 and tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+    assert (len(store), store.units, len(keys)) == (rows, units, rows - (units - 1) * step)
+    store.write_unit(units - 1, torch.ones(len(keys), 8))  # and a unit at its end is written and read
+    assert GradientFeatures.open(tmp_path).info(units - 1) == {}
 
 
 def test_default_unit_size(tmp_path):
@@ -227,10 +275,10 @@ def test_a_store_of_another_format_is_refused(tmp_path):
     create(tmp_path)
     body = json.loads((tmp_path / "plan.json").read_bytes())
     del body["digest"]
-    body["format"] = 2
+    body["format"] = 3
     files.write_json(tmp_path / "plan.json", {**body, "digest": files.digest(files.json_bytes(body))})
     for call in (GradientFeatures.open, create):
-        with pytest.raises(DataError, match="has format 2, written by another version"):
+        with pytest.raises(DataError, match="has format 3, written by another version"):
             call(tmp_path)
 
 

@@ -94,6 +94,22 @@ def test_every_flipped_byte_of_the_plan_is_detected(quick):
             GradientFeatures.open(quick)
 
 
+def test_every_flipped_byte_of_the_keys_is_detected(quick):
+    fill(create(quick, n=7))
+    (path,) = quick.glob("keys-*.bin")
+    good = path.read_bytes()
+    for position in range(len(good)):
+        flipped = bytearray(good)
+        flipped[position] ^= 1 << position % 8
+        for data in (bytes(flipped), good[:position]):
+            path.write_bytes(data)
+            with pytest.raises(DataError, match=r"keys-\w+\.bin is damaged: .*; remove the folder"):
+                GradientFeatures.open(quick).take([KEYS[0]])
+    path.unlink()
+    with pytest.raises(DataError, match="is damaged: it is missing; remove the folder"):
+        GradientFeatures.open(quick)
+
+
 def test_random_damage_is_found_named_and_repaired(quick):
     """C1: 200 random flips, cuts, growths, swaps and strangers; only the units hit are computed again."""
     draw = random.Random(0)
@@ -230,13 +246,13 @@ def test_each_failing_call_is_explained_and_leaves_nothing_false(quick, harness)
     found = harness("faults", quick)
     assert found["without_context"] == [] and found["wrong_rows"] == 0 and found["differing_files"] == []
     # silent: only the unlink of a temporary name that the rename has taken away already, one a file written
-    assert found["raised"] + found["silent"] == 2 * found["calls"] and found["silent"] == 2 * 5
+    assert found["raised"] + found["silent"] == 2 * found["calls"] and found["silent"] == 2 * 6
 
 
 def test_a_size_limit_stops_cleanly_and_goes_on(quick, harness):
     """C2 with RLIMIT_FSIZE: exit code 4 wherever the limit falls."""
     found = harness("full", quick)
-    assert list(found["codes"].values()) == [4, 4, 4, 4, 0]  # the last holds all but the plan, which was there
+    assert list(found["codes"].values()) == [4] * 6
     assert not any(found["cut_files"].values())
 
 

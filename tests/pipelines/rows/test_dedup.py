@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datatools import UsageError
-from pipelines.rows.compact import Keys
+from datatools.compact import Keys
 from pipelines.rows.dedup import _bands, _jaccard, _shingles, dedup
 from pipelines.rows.index import Pool
 from pipelines.rows.normal import content_of, opening_of

@@ -19,6 +19,10 @@ class Texts(Sequence[str]):
 
         Args:
             index: Its position, from 0 to the number of texts.
+
+        Returns:
+            The text.
+
         """
         raise NotImplementedError
 
@@ -64,6 +68,10 @@ class Names(Texts):
 
         Args:
             texts: The texts.
+
+        Returns:
+            The same texts.
+
         """
         if isinstance(texts, Names):
             return texts
@@ -79,6 +87,10 @@ class Names(Texts):
 
         Args:
             index: Its position.
+
+        Returns:
+            The text.
+
         """
         name: str = self.names[self.codes[index]]
         return name
@@ -88,6 +100,10 @@ class Names(Texts):
 
         Args:
             name: The name.
+
+        Returns:
+            bool [n], which are equal.
+
         """
         found = np.zeros(len(self.codes), np.bool_)
         for code, known in enumerate(self.names):
@@ -101,6 +117,10 @@ class Names(Texts):
         Args:
             rows: The positions, or bool [n].
             name: The text that they get.
+
+        Returns:
+            The new texts.
+
         """
         names = self.names if name in self.names else [*self.names, name]
         codes = self.codes.copy()
@@ -112,9 +132,16 @@ class Names(Texts):
 
         Args:
             rows: The positions that count.
+
+        Returns:
+            text -> count.
+
         """
         found = np.bincount(self.codes[rows], minlength=len(self.names)).tolist()
         return {name: count for name, count in zip(self.names, found, strict=True) if count}
+
+
+_NONE = "0" * 32
 
 
 class Keys(Texts):
@@ -133,6 +160,10 @@ class Keys(Texts):
 
         Args:
             texts: The keys.
+
+        Returns:
+            The same texts.
+
         """
         if isinstance(texts, Keys):
             return texts
@@ -147,15 +178,30 @@ class Keys(Texts):
 
         Args:
             index: Its position.
+
+        Returns:
+            The text.
+
         """
         found: bytes = self.data[index].tobytes()
         return "" if found == bytes(16) else found.hex()
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), 4096):
+            text = self.data[start : start + 4096].tobytes().hex()
+            for at in range(0, len(text), 32):
+                key = text[at : at + 32]
+                yield "" if key == _NONE else key
 
     def halves(self, rows: NDArray[Any] | slice = slice(None)) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Return the first and the last 8 bytes as numbers, which have the order of the texts.
 
         Args:
             rows: The positions.
+
+        Returns:
+            uint64 [n] each.
+
         """
         pair = np.ascontiguousarray(self.data[rows]).view(">u8").astype(np.uint64)
         return pair[:, 0], pair[:, 1]
@@ -165,6 +211,10 @@ class Keys(Texts):
 
         Args:
             rows: int64 [k], the positions to sort; by default all.
+
+        Returns:
+            int64, the positions.
+
         """
         first, last = self.halves(slice(None) if rows is None else rows)
         found = np.lexsort((last, first))
@@ -175,6 +225,10 @@ class Keys(Texts):
 
         Args:
             rows: int64 [k], their positions.
+
+        Returns:
+            The keys, [k].
+
         """
         return Keys(self.data[rows])
 
@@ -183,6 +237,10 @@ class Keys(Texts):
 
         Args:
             rows: int64 [k], positions in the order of their keys.
+
+        Returns:
+            (start, end) of each run, in `rows`.
+
         """
         first, last = self.halves(rows)
         new = np.flatnonzero((first[1:] != first[:-1]) | (last[1:] != last[:-1])) + 1
@@ -191,7 +249,12 @@ class Keys(Texts):
         return list(zip(edges[long].tolist(), edges[long + 1].tolist(), strict=True))
 
     def repeated(self) -> NDArray[np.bool_]:
-        """Return which keys occur more than once, bool [n]; "" does not count."""
+        """Return which keys occur more than once, bool [n]; "" does not count.
+
+        Returns:
+            bool [n].
+
+        """
         order = self.order()
         first, last = self.halves(order)
         same = (first[1:] == first[:-1]) & (last[1:] == last[:-1]) & ((first[1:] | last[1:]) != 0)
@@ -205,6 +268,10 @@ class Keys(Texts):
 
         Args:
             keys: A few keys.
+
+        Returns:
+            bool [n].
+
         """
         wanted = np.unique(Keys.of([key for key in keys if key]).halves()[0])
         found = np.isin(self.halves()[0], wanted)
@@ -235,11 +302,20 @@ class Labels(Texts):
 
         Args:
             index: Its position.
+
+        Returns:
+            The text.
+
         """
         return f"{self._keys[index]} {self._ids[index]}"
 
     def order(self) -> NDArray[np.int64]:
-        """Return all positions, sorted by text."""
+        """Return all positions, sorted by text.
+
+        Returns:
+            int64, the positions.
+
+        """
         found = self._keys.order()
         for start, end in self._keys.runs(found):
             found[start:end] = sorted(found[start:end].tolist(), key=self._ids.__getitem__)
