@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,11 +151,13 @@ class Keys(Texts):
         data: uint8 [n, 16], zeros for "".
     """
 
+    _none = ""  # what 16 zero bytes mean
+
     def __init__(self, data: NDArray[np.uint8]) -> None:
         self.data = data
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> Keys:
+    def of(cls, texts: Iterable[str]) -> Self:
         """Return the same keys.
 
         Args:
@@ -166,7 +168,7 @@ class Keys(Texts):
 
         """
         if isinstance(texts, Keys):
-            return texts
+            return texts if isinstance(texts, cls) and type(texts) is cls else cls(texts.data)
         joined = b"".join(bytes.fromhex(text) if text else bytes(16) for text in texts)
         return cls(np.frombuffer(joined, np.uint8).reshape(-1, 16))
 
@@ -184,14 +186,14 @@ class Keys(Texts):
 
         """
         found: bytes = self.data[index].tobytes()
-        return "" if found == bytes(16) else found.hex()
+        return self._none if found == bytes(16) else found.hex()
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), 4096):
             text = self.data[start : start + 4096].tobytes().hex()
             for at in range(0, len(text), 32):
                 key = text[at : at + 32]
-                yield "" if key == _NONE else key
+                yield self._none if key == _NONE else key
 
     def halves(self, rows: NDArray[Any] | slice = slice(None)) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Return the first and the last 8 bytes as numbers, which have the order of the texts.
@@ -220,7 +222,7 @@ class Keys(Texts):
         found = np.lexsort((last, first))
         return found if rows is None else rows[found]
 
-    def some(self, rows: NDArray[np.int64]) -> Keys:
+    def some(self, rows: NDArray[np.int64]) -> Self:
         """Return the keys of some rows.
 
         Args:
@@ -230,7 +232,7 @@ class Keys(Texts):
             The keys, [k].
 
         """
-        return Keys(self.data[rows])
+        return type(self)(self.data[rows])
 
     def runs(self, rows: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Return (start, end) of each run of at least two equal keys.
@@ -257,7 +259,9 @@ class Keys(Texts):
         """
         order = self.order()
         first, last = self.halves(order)
-        same = (first[1:] == first[:-1]) & (last[1:] == last[:-1]) & ((first[1:] | last[1:]) != 0)
+        same = (first[1:] == first[:-1]) & (last[1:] == last[:-1])
+        if not self._none:
+            same &= (first[1:] | last[1:]) != 0
         found = np.zeros(len(order), np.bool_)
         found[order[1:][same]] = True
         found[order[:-1][same]] = True
@@ -279,6 +283,16 @@ class Keys(Texts):
         for row in np.flatnonzero(found).tolist():
             found[row] = self.one(row) in exact
         return found
+
+
+class FullKeys(Keys):
+    """Content keys of rows that all have one; zeros are a key like any other.
+
+    Args:
+        data: uint8 [n, 16].
+    """
+
+    _none = _NONE
 
 
 class Labels(Texts):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from datatools import files
-from datatools.compact import Keys
+from datatools.compact import FullKeys
 from datatools.errors import DataError
 from datatools.features import ranges
 
@@ -176,7 +176,7 @@ def units_of(folder: Path, plan: Mapping[str, Any]) -> ranges.Units:
     return ranges.Listed(plan["units"]) if plan["format"] == 1 else ranges.Ranges(folder, plan["ranges"])
 
 
-def extended(folder: Path, plan: Mapping[str, Any], keys: Keys, rows_per_unit: int) -> dict[str, Any]:
+def extended(folder: Path, plan: Mapping[str, Any], keys: FullKeys, rows_per_unit: int) -> dict[str, Any]:
     """Return a plan with more rows, whose keys are written to the folder; the plan itself is not.
 
     Args:
@@ -225,7 +225,7 @@ def refusal(folder: Path, differing: Sequence[tuple[str, Any, Any]]) -> str:
     )
 
 
-def checked(keys: Sequence[str]) -> Keys:
+def checked(keys: Sequence[str]) -> FullKeys:
     """Refuse keys that are not content hashes, or that appear twice.
 
     Args:
@@ -238,16 +238,15 @@ def checked(keys: Sequence[str]) -> Keys:
         ValueError: for the first key that is not 32 hexadecimal characters, or appears twice.
 
     """
-    if not isinstance(keys, Keys):
-        for key in keys:
-            if not _KEY.fullmatch(key):
-                raise ValueError(f"a row's key must be 32 hex characters (its content hash); got {key[:40]!r}")
-        keys = Keys.of(keys)
-    repeated = keys.repeated()
+    for key in () if isinstance(keys, FullKeys) else keys:
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"a row's key must be 32 hex characters (its content hash); got {key[:40]!r}")
+    found = FullKeys.of(keys)
+    repeated = found.repeated()
     if repeated.any():
         seen: set[str] = set()
         for place in repeated.nonzero()[0].tolist():
-            if (key := keys[place]) in seen:
+            if (key := found[place]) in seen:
                 raise ValueError(f"key {key} appears twice; pass each key once, and map equal rows to the same key")
             seen.add(key)
-    return keys
+    return found

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datatools import files
-from datatools.compact import Keys
+from datatools.compact import FullKeys
 from datatools.errors import DataError
 from datatools.features.keys import Places
 
@@ -77,7 +77,7 @@ class Ranges:
         file, place = self._of(unit)
         return file.rows_of(place)
 
-    def keys(self, unit: int) -> Keys:
+    def keys(self, unit: int) -> FullKeys:
         """Return the keys of a unit, compared with their digest.
 
         Args:
@@ -139,7 +139,7 @@ class Listed:
         """
         return (len(self._units[unit]) + 1) // 33  # 32 characters and a space
 
-    def keys(self, unit: int) -> Keys:
+    def keys(self, unit: int) -> FullKeys:
         """Return the keys of a unit.
 
         Args:
@@ -149,7 +149,7 @@ class Listed:
             The keys, in the order of the rows.
 
         """
-        return Keys.of(self._units[unit].split())
+        return FullKeys.of(self._units[unit].split())
 
     def mark(self, unit: int) -> str:
         """Return what the sidecar of a unit says of its keys: all of them.
@@ -187,11 +187,11 @@ class _KeyFile:
     def rows_of(self, unit: int) -> int:
         return min(self.step, self.rows - unit * self.step)
 
-    def keys(self, unit: int) -> Keys:
+    def keys(self, unit: int) -> FullKeys:
         found = self._read(KEY_BYTES * unit * self.step, KEY_BYTES * self.rows_of(unit))
         if files.digest(found) != self.digests[unit].tobytes().hex():
             raise self._damaged(f"the digest of unit {unit} does not match")
-        return Keys(np.frombuffer(found, np.uint8).reshape(-1, KEY_BYTES))
+        return FullKeys(np.frombuffer(found, np.uint8).reshape(-1, KEY_BYTES))
 
     def _read(self, start: int, size: int) -> bytes:
         with files.open_file(self.path) as file:
@@ -212,7 +212,7 @@ def _name(digest: str) -> str:
     return f"keys-{digest}.bin"
 
 
-def write(folder: Path, keys: Keys, rows_per_unit: int) -> dict[str, Any]:
+def write(folder: Path, keys: FullKeys, rows_per_unit: int) -> dict[str, Any]:
     """Write a file of keys.
 
     Args:
@@ -235,7 +235,7 @@ def write(folder: Path, keys: Keys, rows_per_unit: int) -> dict[str, Any]:
     return {"rows": len(keys), "rows_per_unit": rows_per_unit, "digest": digest}
 
 
-def chunks(units: Units) -> Iterator[tuple[int, Keys]]:
+def chunks(units: Units) -> Iterator[tuple[int, FullKeys]]:
     """Iterate over all keys.
 
     Args:
@@ -250,11 +250,11 @@ def chunks(units: Units) -> Iterator[tuple[int, Keys]]:
         held.append(units.keys(unit).data)
         at += len(held[-1])
         if at - start >= _CHUNK or unit == len(units) - 1:
-            yield start, Keys(np.concatenate(held))
+            yield start, FullKeys(np.concatenate(held))
             start, held = at, []
 
 
-def absent(units: Units, keys: Keys) -> NDArray[np.bool_]:
+def absent(units: Units, keys: FullKeys) -> NDArray[np.bool_]:
     """Find out which keys are in no unit.
 
     Args:
@@ -290,9 +290,9 @@ class Index:
         whole = np.empty((self._units.count, KEY_BYTES), np.uint8)
         for start, some in chunks(self._units):
             whole[start : start + len(some)] = some.data
-        return Places(Keys(whole))
+        return Places(FullKeys(whole))
 
-    def find(self, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def find(self, keys: FullKeys) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Find n keys, which may repeat.
 
         Args:

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from datatools import files
-from datatools.compact import Keys, Names
+from datatools.compact import FullKeys, Names
 from datatools.errors import DataError, EnvironmentProblem, UsageError, did_you_mean
 from datatools.features import plan as plans
 from datatools.features import ranges
@@ -306,7 +306,9 @@ class GradientFeatures(UnitFiles):
                 status = view.status
                 for start in range(0, len(keys), rows):
                     part = slice(start, start + rows)
-                    block = Block(Keys(keys.data[part]), view.features(part), view.norms[part].clone(), status[part])
+                    block = Block(
+                        FullKeys(keys.data[part]), view.features(part), view.norms[part].clone(), status[part]
+                    )
                     view.release(part)
                     yield block
 
@@ -329,7 +331,7 @@ class GradientFeatures(UnitFiles):
                 norms[part] = view.norms
                 status[part] = [payloads.STATUSES.index(state) for state in view.status]
             keys[part] = self.unit_keys(unit).data
-        return Rows(Keys(keys), norms, Names(status, payloads.STATUSES))
+        return Rows(FullKeys(keys), norms, Names(status, payloads.STATUSES))
 
     def take(self, keys: Sequence[str]) -> Float[Tensor, "n dim"]:
         """Read the features of some rows. Only their units must be complete.
@@ -345,10 +347,11 @@ class GradientFeatures(UnitFiles):
 
         """
         out = torch.empty(len(keys), self.dim)
-        known = Keys.of(key if packed([key]) is not None else "" for key in keys) if packed(keys) is None else keys
-        units, rows = self._index.find(Keys.of(known))
+        gone = next(key for key in keys if packed([key]) is None) if packed(keys) is None else None
+        units, rows = self._index.find(FullKeys.of(keys if gone is None else []))
         if (units < 0).any():
             gone = keys[int((units < 0).argmax())]
+        if gone is not None:
             raise DataError(f"{self.folder} has no row {gone}; extract the features of the current data again")
         order = np.argsort(units, kind="stable")
         wanted, first = np.unique(units[order], return_index=True)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datatools import files
-from datatools.compact import Keys
+from datatools.compact import FullKeys
 from datatools.errors import DataError
 from datatools.features import plan as plans
 from datatools.features import ranges
@@ -48,7 +48,7 @@ class UnitFiles:
         """Number of planned units."""
         return len(self._units)
 
-    def unit_keys(self, unit: int) -> Keys:
+    def unit_keys(self, unit: int) -> FullKeys:
         """Return the keys of a unit, in the order of its rows.
 
         Args:
@@ -85,7 +85,7 @@ class UnitFiles:
             bool [n].
 
         """
-        return ranges.absent(self._units, Keys.of(keys))
+        return ranges.absent(self._units, FullKeys.of(keys))
 
     @cached_property
     def _index(self) -> ranges.Index:

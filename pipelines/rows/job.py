@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,6 +25,9 @@ from pipelines.rows.options import Options
 from pipelines.rows.part import Input, Part
 from pipelines.rows.ranges import Range
 from pipelines.runs import workers as team
+
+_LEASES = ".leases-parts"
+_SHORTEST, _LONGEST = 0.02, 0.5  # pauses of a member that waits for the parts of others, in seconds
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,35 @@ class Job:
                 yield self._made(one)
 
     def _share(self) -> None:
-        """As a member of a team, make every so many-th part first: the other members make the others meanwhile."""
+        """As a member of a team, make the missing parts that no other member makes at this moment.
+
+        Members begin at different parts and agree by leases, so that a part is made twice only if its maker has ended.
+        Members that get here when all parts are there make none: whether indexing is shared depends on when the engine
+        starts them.
+        """
         me = team.member()
         if me is None or me.size < 2 or self.folder is None or not isinstance(self.encoder, Encoder):
             return
-        for number in range(me.place % me.size, len(self.ranges), me.size):
-            if self.found(number) is None:
-                self.make(number)
+        count = len(self.ranges)
+        start = count * me.place // me.size % max(1, count)
+        left = [*range(start, count), *range(start)]
+        pause = _SHORTEST
+        with files.Leases(self.folder / _LEASES) as leases:
+            while left:
+                before = len(left)
+                for number in list(left):
+                    if self.found(number) is not None:
+                        left.remove(number)
+                    elif leases.take(number):
+                        try:
+                            if self.found(number) is None:  # it was given back just now
+                                self.make(number)
+                        finally:
+                            leases.give_back(number)
+                        left.remove(number)
+                if len(left) == before:  # others make them
+                    time.sleep(pause)
+                    pause = min(_LONGEST, 1.5 * pause)
 
     def _made(self, one: Any) -> Part:
         if isinstance(one, Part):
@@ -137,7 +163,8 @@ class Job:
         assert self.folder is not None
         mine = {f"{kind}-{name}.arrow" for name in self.names for kind in ("rows", "tokens")}
         for other in self.folder.iterdir():
-            if re.fullmatch(r"(rows|tokens)-[0-9a-f]{32}\.arrow", other.name) and other.name not in mine:
+            unknown = re.fullmatch(r"(rows|tokens)-[0-9a-f]{32}\.arrow", other.name) and other.name not in mine
+            if unknown or other.name == _LEASES:
                 files.remove(other)
 
 
