@@ -5,7 +5,7 @@
     without_i = the same without batch i's step (its position is skipped: the others keep their learning rates)
 
 The position effect M[i, j] - mean_j M[i, .] measures recency and forgetting; the effect of presence is the difference
-of M[i, .] and without_i.
+of M[i, .] and without_i. With the losses of single rows, the same runs say which rows are memorized and forgotten.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Map:
         without_memory: float64 [B], the loss of the batch when it is not trained on.
         without_held_out: float64 [B], the held-out loss when the batch is not trained on.
         spread: [B, P], standard error of `memory` over completions.
+        rows: for each batch, float64 [P + 1, completions, rows of the batch], the losses of its rows at each position
+            and, last, when it is not trained on; empty if they were not asked for.
 
     Example:
         >>> found = Map((0,), (0, 3), *torch.ones(4, 1, 2, dtype=torch.float64)[:2], *torch.ones(2, 1).double(), None)
@@ -53,6 +55,7 @@ class Map:
     without_memory: Float64[Tensor, " B"]
     without_held_out: Float64[Tensor, " B"]
     spread: Float[Tensor, "B P"]
+    rows: tuple[Float64[Tensor, "Q C n"], ...] = ()
 
     @property
     def position_effect(self) -> Float64[Tensor, "B P"]:
@@ -75,6 +78,7 @@ def memory_map(
     positions: int = 4,
     completions: int = 8,
     seed: int = 0,
+    row_losses: Callable[[Params, int], Sequence[float]] | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> Map:
     """Move each batch to each of several positions, spread over the run, with random orders of the rest.
@@ -91,6 +95,7 @@ def memory_map(
         positions: P, the number of positions.
         completions: number of random orders of the rest.
         seed: seed of the rests.
+        row_losses: (parameters, batch) -> the loss of each row of the batch, for `Map.rows`.
         advance: called with the number of runs after each group of runs.
 
     Returns:
@@ -127,16 +132,20 @@ def memory_map(
     memory = torch.zeros(len(chosen), positions, completions, dtype=torch.float64)
     held_out = torch.zeros_like(memory)
     without = torch.zeros(len(chosen), 2, completions, dtype=torch.float64)
+    rows: list[Tensor] = []
     for i, batch in enumerate(chosen):
         own = list(sequence).index(batch)
+        seen: list[Sequence[float]] = []
         for r, drawn in enumerate(rests):
             rest = [sequence[place] for place in drawn if place != own]
             for j, spot in enumerate(spots):
                 params = final([*rest[:spot], batch, *rest[spot:]])
                 memory[i, j, r], held_out[i, j, r] = train_loss(params, batch), held_out_loss(params)
+                seen += [] if row_losses is None else [row_losses(params, batch)]
             others = [None if b == batch else b for b in rest]  # all its occurrences, if epochs repeat it
             dropped = final([*others[: steps // 2], None, *others[steps // 2 :]])
             without[i, 0, r], without[i, 1, r] = train_loss(dropped, batch), held_out_loss(dropped)
+            seen += [] if row_losses is None else [row_losses(dropped, batch)]
             if not all(map(math.isfinite, [*memory[i, :, r], *held_out[i, :, r], *without[i, :, r]])):
                 raise Diverged(
                     f"order: training diverges in a random order with batch {batch} moved (its losses: "
@@ -144,6 +153,9 @@ def memory_map(
                 )
             if advance is not None:
                 advance(positions + 1)
+        if seen:
+            by_run = torch.tensor(seen, dtype=torch.float64).view(completions, positions + 1, -1)
+            rows.append(by_run.transpose(0, 1).contiguous())
     error = memory.std(2) / completions**0.5 if completions > 1 else torch.zeros(len(chosen), positions)
     means = without.mean(2)
-    return Map(chosen, spots, memory.mean(2), held_out.mean(2), means[:, 0], means[:, 1], error)
+    return Map(chosen, spots, memory.mean(2), held_out.mean(2), means[:, 0], means[:, 1], error, tuple(rows))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from datatools import files, order
 from datatools.files import sealed
@@ -44,13 +46,14 @@ def draw_map(setting: Setting) -> None:
     with setting.run.stage("map"), progress("map", runs, "runs") as bar:
         for batch in batches:
             asked = (positions, config.completions, [depends_on(setting, name) for name in used(config)])
-            path = setting.kept("maps", f"{config.map_by}-{batch}-", *asked)
+            path = setting.kept("maps", f"{config.map_by}-{batch}-", *asked, "rows")
             part = kept(path)
             if part is None:
                 found = order.memory_map(
                     setting.sequence, final, setting.problem.train_loss, setting.problem.held_out_loss,
                     batches=[batch], positions=positions, completions=config.completions,
-                    seed=derive_seed(config.seed, "order", "map"), advance=bar.advance,
+                    seed=derive_seed(config.seed, "order", "map"), row_losses=setting.row_losses,
+                    advance=bar.advance,
                 )  # fmt: skip
                 files.make_folder(path.parent)
                 part = {
@@ -60,6 +63,7 @@ def draw_map(setting: Setting) -> None:
                     "without_memory": float(found.without_memory[0]),
                     "without_held_out": float(found.without_held_out[0]),
                     "counterfactual": float(found.counterfactual[0]),
+                    "rows": _rows(setting.plan.batches[batch], found.rows[0]),
                 }  # fmt: skip
                 sealed.write_json(path, part)
             else:
@@ -73,3 +77,40 @@ def draw_map(setting: Setting) -> None:
             f"  batch {part['batch']} ({part['source']}): training on it lowers its loss by "
             f"{part['counterfactual']:.4f}; last instead of first: {late:+.4f}"
         )
+    rows = [row for part in parts for row in part["rows"]]
+    most, lost = (max(rows, key=lambda row: float(row[key])) for key in ("memorised", "forgotten"))
+    say(
+        f"  memorised most: row {most['id']}, by {most['memorised']:.4f}{_error(most['memorised_error'])}; forgotten "
+        f"most: row {lost['id']}, by {lost['forgotten']:.4f}{_error(lost['forgotten_error'])}, trained on first "
+        "instead of last"
+    )
+
+
+def _rows(names: Sequence[str], losses: Tensor) -> list[dict[str, Any]]:
+    """Return what the map says of each row of a batch.
+
+    `memorised` is how much lower its loss is because the batch was trained on, at any position, and `forgotten` how
+    much higher if that was first instead of last; with standard errors over completions, None if there is one.
+
+    Args:
+        names: The ids of the rows.
+        losses: The losses of the rows [positions + 1, completions, rows]; the last are those without the batch.
+    """
+    trained, without = losses[:-1], losses[-1]
+    memorised, forgotten = without - trained.mean(0), trained[0] - trained[-1]
+
+    def error(values: Tensor, row: int) -> float | None:
+        return float(values[:, row].std()) / len(values) ** 0.5 if len(values) > 1 else None
+
+    return [
+        {
+            "id": name, "memory": trained[:, :, i].mean(1).tolist(), "without": float(without[:, i].mean()),
+            "memorised": float(memorised[:, i].mean()), "memorised_error": error(memorised, i),
+            "forgotten": float(forgotten[:, i].mean()), "forgotten_error": error(forgotten, i),
+        }
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" ± {value:.1g}"

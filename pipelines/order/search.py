@@ -50,9 +50,10 @@ def search(setting: Setting) -> None:
             blind = order.search(made, "random", keep=BLIND + 1, advance=bar.advance, **options)
     drawn = [(s, v) for s, v in zip(blind.sequences, blind.scores, strict=True) if s != setting.sequence][:BLIND]
     best_drawn = drawn[0][1] if drawn else math.nan
+    by_chance = f"best of {found.evaluations:,} random {best_drawn:.5f}" if drawn else "random ones no other order"
     say(
-        f"{config.search}: predicted {found.scores[0]:.5f}, the reference {made.score(setting.sequence):.5f}, best of "
-        f"{found.evaluations:,} random {best_drawn:.5f} ({found.evaluations / max(took, 1e-9):,.0f} per second)"
+        f"{config.search}: predicted {found.scores[0]:.5f}, the reference {made.score(setting.sequence):.5f}, "
+        f"{by_chance} ({found.evaluations / max(took, 1e-9):,.0f} per second)"
     )
     seen = _outlook(setting, made, found)
     say(seen.sentence())

@@ -20,7 +20,7 @@ import optim
 from datatools import DataError, Order, UsageError, files, order
 from pipelines.colm.sources import clusters_of
 from pipelines.models import load as models
-from pipelines.models.losses import Batch, supervised_tokens, token_losses
+from pipelines.models.losses import Batch, row_losses, supervised_tokens, token_losses
 from pipelines.order import draw as drawing
 from pipelines.order.columns import read_columns
 from pipelines.rows.inputs import Inputs
@@ -56,6 +56,8 @@ class Setting:
     device: torch.device
     module: Any
     """The model, with trainable parameters."""
+    row_losses: Callable[[order.Params, int], list[float]]
+    """(parameters, batch) -> the mean loss of each row of the batch, in the order of the plan."""
     columns: dict[str, list[float]] = field(default_factory=dict)
     """The scores that are columns of the rows: name -> one number per batch."""
     start: order.Anchor | None = None
@@ -206,6 +208,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
         sum(p.numel() for p in base.values()),
         device,
         module,
+        _row_losses(module, rows, batches, budget, device),
         read_columns(config.scores if config.task == "curricula" else (), rows, batches),
     )
 
@@ -247,6 +250,33 @@ def functional_loss(module: nn.Module) -> order.Loss:
         return value
 
     return loss
+
+
+class _RowLosses(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Batch) -> Tensor:
+        return row_losses(self.module, batch)
+
+
+def _row_losses(
+    module: nn.Module, rows: Rows, batches: Sequence[Sequence[int]], micro_tokens: int, device: torch.device | str
+) -> Callable[[order.Params, int], list[float]]:
+    whole = _RowLosses(module)
+
+    def losses(params: order.Params, batch: int) -> list[float]:
+        named = {f"module.{name}": p for name, p in params.items()}
+        found = [0.0] * len(batches[batch])
+        with torch.no_grad():
+            for places, part in rows.micro_batches(batches[batch], micro_tokens, device):
+                values = torch.func.functional_call(whole, named, part).tolist()
+                for place, value in zip(places, values, strict=True):
+                    found[place] = value
+        return found
+
+    return losses
 
 
 def in_parts(rows: Rows, batch: Sequence[int], micro_tokens: int, device: torch.device | str = "cpu") -> order.Parts:

@@ -30,6 +30,7 @@ PARTS = {
 """The name of a result -> the task that writes it."""
 FEWEST_ORDERS = 10
 """With fewer true runs, a rank correlation is no headline: of 5 orders, one in 60 rankings is perfect by chance."""
+_EXAMPLES = 8  # rows that are listed as memorised, and as forgotten
 _CELLS = 64  # of a picture of precedence, in a row
 
 
@@ -224,7 +225,29 @@ def _map(found: dict[str, Any] | None) -> dict[str, Any] | None:
             }
             for r in found["rows"]
         ],
+        "examples": _examples(found["rows"]),
     }
+
+
+def _examples(parts: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return the rows that were memorised and forgotten most, by id; none for a map of an older version."""
+    rows = [row | {"batch": part["batch"]} for part in parts for row in part.get("rows", [])]
+    chosen = [sorted(rows, key=lambda row: -row[key])[:_EXAMPLES] for key in ("memorised", "forgotten")]
+    shown = sorted({row["id"]: row for row in [*chosen[0], *chosen[1]]}.values(), key=lambda row: -row["memorised"])
+
+    def said(row: dict[str, Any], key: str) -> str:
+        error = row[f"{key}_error"]
+        return number(row[key], 4) + (f" ± {number(error, 1)}" if error is not None else "")
+
+    return [
+        {
+            "id": row["id"],
+            "batch": str(row["batch"]),
+            "memorised": said(row, "memorised"),
+            "forgotten": said(row, "forgotten"),
+        }
+        for row in shown
+    ]
 
 
 def _precedence(found: dict[str, Any] | None) -> dict[str, Any] | None:

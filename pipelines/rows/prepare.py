@@ -105,7 +105,8 @@ def prepare(
         rows.twins = duplicates.twins
         rows.status = rows.status.replaced(~duplicates.keep, "duplicate")
     if not rows.usable.any():
-        raise DataError(f"{label}: no usable row in {', '.join(map(str, data.paths))} ({len(rows.bad)} bad)")
+        first = f", such as {rows.bad[0]}" if rows.bad else ""
+        raise DataError(f"{label}: no usable row in {', '.join(map(str, data.paths))} ({len(rows.bad)} bad{first})")
     _compare(rows, limits, model.max_length, label)
     for flag, what in _LEFT_OUT.items():
         if count := scanned.flags[flag]:

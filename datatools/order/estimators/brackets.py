@@ -211,8 +211,8 @@ def _check_derivative(recipe: Recipe, start: Anchor) -> None:
     names = ", ".join(sorted({rule.name for rule in recipe.rules.values()}))
     raise UsageError(
         f"order: the steps of the rule {names} do not change with the size of gradients (their derivative is zero), so "
-        "that all brackets between sources are zero; train with adamw, sgd or muon, or compare sources with the "
-        "estimator 'groups'"
+        "that all brackets between sources are zero; train with adamw, sgd or muon, take more --warmup-steps if the "
+        "rule rectifies its first steps, or compare sources with the estimator 'groups'"
     )
 
 

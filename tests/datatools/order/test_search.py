@@ -224,8 +224,13 @@ def test_memory_map_on_a_problem_with_an_answer() -> None:
         return orders.train(problem, ref.recipe, sequence, ref.start.params)[0]
 
     found = memory_map(
-        ref.sequence, final, problem.train_loss, problem.held_out_loss, positions=5, completions=4, seed=0
-    )
+        ref.sequence, final, problem.train_loss, problem.held_out_loss, positions=5, completions=4, seed=0,
+        row_losses=lambda params, batch: [problem.train_loss(params, batch), float(batch)],
+    )  # fmt: skip
+    of_rows = torch.stack(found.rows)  # [batches, positions and none, completions, rows]
+    torch.testing.assert_close(of_rows[:, :-1, :, 0].mean(2), found.memory)
+    torch.testing.assert_close(of_rows[:, -1, :, 0].mean(1), found.without_memory)
+    assert of_rows[:, :, :, 1].eq(torch.arange(5.0)[:, None, None]).all()
     assert len(calls) == 5 * 4 * 6
     assert all(sorted(c, key=str) == sorted([0, 1, 2, 3, 4], key=str) for c in calls if None not in c)
     assert all(c.count(None) == 1 and len(c) == 5 and len(set(c)) == 5 for c in calls if None in c)

@@ -191,11 +191,21 @@ def test_search_proposes_an_order_and_map_and_estimate_go_on_in_the_same_folder(
     again = next(row for row in estimates["orders"] if row["name"] == "order.npz")
     assert again["pairwise"] == pytest.approx(first["estimated"])
     run(settings(world, out, task="map", map_batches=2, map_positions=9, completions=2))
+    lines = (world / "data.jsonl").read_text().splitlines()
     parts = json.loads((out / "map.json").read_text())["rows"]
     assert len(parts) == 2 and all(len(p["memory"]) == 4 for p in parts), "a run of 4 steps has 4 positions"
     assert all(p["counterfactual"] > 0 for p in parts), "training on a batch lowers its loss"
+    plan = Order.load(out / "reference.npz")
+    for part in parts:
+        assert [row["id"] for row in part["rows"]] == list(plan.batches[part["batch"]])
+        assert all(row["memorised"] > 0 and row["forgotten_error"] >= 0 for row in part["rows"])
+        answers = [len(json.loads(line)["messages"][1]["content"]) + 1 for row in part["rows"]
+                   for line in lines if json.loads(line)["id"] == row["id"]]  # fmt: skip
+        mean = sum(n * row["without"] for n, row in zip(answers, part["rows"], strict=True)) / sum(answers)
+        assert mean == pytest.approx(part["without_memory"], rel=1e-5), "each row has its own loss"
     assert kept == {p: p.stat().st_mtime_ns for p in kept}, "recorded once, and pairwise made once"
-    assert "Memorisation" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Memorisation" in page and f"<td>{parts[0]['rows'][0]['id']}</td>" in page
 
 
 def test_a_search_ends_early_where_there_is_nothing_to_win(world: Path, tmp_path: Path) -> None:
