@@ -23,6 +23,7 @@ from pipelines.settings.diagnose import DiagnoseConfig
 from pipelines.settings.explain import ExplainConfig, NeighboursConfig
 from pipelines.settings.flags import values_of
 from pipelines.settings.order import ORDER_TASKS, OrderConfig
+from pipelines.settings.plan import PlanConfig
 from pipelines.settings.select import SelectConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 
@@ -169,6 +170,7 @@ COMMANDS: dict[str, Command] = {
     "neighbours": Command(
         NeighboursConfig, "pipelines.select.neighbours:run", _neighbours, (_RUN, _ROW), (), talks=True
     ),
+    "plan": Command(PlanConfig, "pipelines.engines.plan.run:run", talks=True),
     "demo": Command(DemoConfig, "pipelines.demo:run", arguments=(), options=flags.COMMON, talks=True),
 }
 

@@ -35,6 +35,7 @@ METHOD = Method(
     label="auto",
     needs=("target", "model", "gradients"),
     selector="coverage",
+    passes=0.25,
     candidates=("fusion", "words alone", "gradients alone"),
     stored=True,
     nearest="target rows it helps most",

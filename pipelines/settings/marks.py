@@ -60,9 +60,9 @@ class OneOf:
         """Return the schema of a text, followed by the check. The error is that of a `Literal`."""
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
-    def _check(self, value: str) -> str:
+    def _check(self, value: str | None) -> str | None:
         names = self.names()
-        if names and value not in names:
+        if names and value is not None and value not in names:
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": _or(names)})
         return value
 

@@ -26,6 +26,7 @@ from pipelines.settings.explain import ExplainConfig, NeighboursConfig
 from pipelines.settings.flags import flags_of
 from pipelines.settings.load import all_names, load_config
 from pipelines.settings.order import OrderConfig
+from pipelines.settings.plan import PlanConfig
 from pipelines.settings.select import SelectConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 from tests.processes import spawn
@@ -39,6 +40,7 @@ ENTRIES = {
     "select.explain:run": ExplainConfig,
     "select.neighbours:run": NeighboursConfig,
     "demo:run": DemoConfig,
+    "engines.plan.run:run": PlanConfig,
     "training.evaluation:evaluate": EvaluateConfig,
 }
 """The function that each command runs -> the settings that it takes."""

@@ -1,0 +1,1 @@
+"""`datatools plan`: what a selection costs on a cluster, before anything runs."""
