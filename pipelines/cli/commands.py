@@ -17,7 +17,7 @@ from optim.unknown import did_you_mean
 from pipelines.cli import flags, help
 from pipelines.cli.launch import launch
 from pipelines.settings.audit import AuditConfig
-from pipelines.settings.base import Settings, home
+from pipelines.settings.base import Settings, home, refuse_url
 from pipelines.settings.demo import DemoConfig
 from pipelines.settings.diagnose import DiagnoseConfig
 from pipelines.settings.explain import ExplainConfig, NeighboursConfig
@@ -252,6 +252,10 @@ def doctor(
     """
     from pipelines.doctor import examine, show
 
+    try:
+        refuse_url(out)
+    except ValueError as error:
+        raise UsageError(f"--out: {error}") from None
     checks = examine(out)
     show(checks, as_json=as_json)
     if any(check.state == "fail" for check in checks):

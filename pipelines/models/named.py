@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 from datatools import EnvironmentProblem, UsageError
@@ -47,6 +48,12 @@ def find(name: str) -> Path | str:
             )
         found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
         raise UsageError(f"--model {name}: the folder contains {found}; give the folder of one model")
+    if "://" in name:
+        owner = re.sub(r"^(hf://(models/)?|https?://huggingface\.co/)", "", name).strip("/")
+        hub = f"a model of the hub is named by {owner!r} alone" if owner.count("/") == 1 and "://" not in owner else ""
+        raise UsageError(
+            f"--model {name}: a URL; {hub or 'download the model, and give its folder or GGUF file, or a hub name'}"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"--model {name}: no such file or folder")
     return name

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from datatools import DataError, UsageError, files
 from pipelines.rows.in_memory import PREFIX
@@ -26,6 +27,7 @@ _UNREAD = re.compile(
     r"npy|h5|hdf5|avro|orc|msgpack|docx?|pdf)$",
     re.IGNORECASE,
 )
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>.+))?")
 
 
@@ -119,10 +121,12 @@ def _is_text(name: str) -> bool:
 
 
 def _expand(given: str) -> list[Source]:
-    if given.startswith("hf:"):
+    if given.startswith("hf:") and not given.startswith("hf://"):
         return [Source(given, None, "hub")]
     if given.startswith(PREFIX):
         return [Source(given, None, MEMORY)]
+    if _URL.match(given):
+        _refuse_url(given)
     path = Path(given)
     try:
         mode = path.stat().st_mode
@@ -148,6 +152,19 @@ def _expand(given: str) -> list[Source]:
             f"cannot read {shown(given, 200)}: {other.group()} is not supported; unpack or convert it ({_known()})"
         )
     return [Source(given, path, kind or ".jsonl")]
+
+
+def _refuse_url(given: str) -> NoReturn:
+    hub = re.match(r"(?:hf://|https?://huggingface\.co/)datasets/([\w.-]+/[\w.-]+)", given)
+    if hub is not None:
+        raise UsageError(f"{shown(given, 200)}: a URL; this data set of the hub is named hf:{hub[1]}")
+    if given.startswith("file://"):
+        raise UsageError(f"{shown(given, 200)}: a URL; give the path itself")
+    raise UsageError(
+        f"{shown(given, 200)}: a URL; rows are read from files on a disk, because they are read several times and "
+        "compared with what the run began with: download it first, or mount the bucket (a data set of the hub is named "
+        "hf:owner/name)"
+    )
 
 
 def _known() -> str:

@@ -5,6 +5,7 @@ they configure, because checks before a run, run folders and the command line re
 and because no import here may load torch: `--help` and `--print-config` must be fast.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -29,8 +30,32 @@ def home(text: str) -> str:
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # a Path has lost the second slash
+
+
+def refuse_url(path: Path) -> Path:
+    """Return a path that names a folder or a file; refuse a URL, which would become a folder called "s3:".
+
+    Args:
+        path: The path.
+
+    Raises:
+        ValueError: It is a URL.
+    """
+    if (found := _URL.match(str(path))) is None:
+        return path
+    rest = str(path)[found.end() :].lstrip("/")
+    if found[1].lower() == "file":
+        raise ValueError(f"file://{rest} is a URL; give the path itself: /{rest.removeprefix('localhost/')}")
+    raise ValueError(
+        f"{found[1]}://{rest} is a URL, and this has to be a folder or a file on a disk: a run needs locks and atomic "
+        "renames, which object stores do not have; use a disk that all its processes share, and copy finished runs to "
+        "the store"
+    )
+
+
 def _home_path(path: Path) -> Path:
-    return Path(home(str(path)))
+    return refuse_url(Path(home(str(path))))
 
 
 def _listed(value: object) -> object:
