@@ -1,5 +1,7 @@
 """QK-clip: query and key weights are scaled down when attention logits become too large."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,6 +12,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from optim.checks import check_positive
+from optim.roles import roles
+from optim.saved import bare_name
 
 _ROWS = 512  # queries whose logits are computed at a time
 
@@ -28,14 +32,16 @@ class QKClip:
     ``attn_implementation="sdpa"``, its default.
 
     Args:
-        model: The model. Its attention modules are those with two linear layers of the given names.
+        model: The model. Its attention modules are those with two linear layers of the given names, and those with
+            query, key and value in one layer whose parts `optim.roles` finds (GPT-2, GPT-NeoX, Phi-3).
         threshold: The largest logit that is allowed.
         names: The names of the query and key layers.
         process_group: The processes with copies of the model; all by default.
 
     Raises:
-        ValueError: If no module has both layers, if a layer has no floating-point weight of its own (adapters), or if
-            queries are normalised, which bounds logits already.
+        ValueError: If no module has such layers, if a layer has no floating-point weight of its own (adapters), or if
+            queries are normalised, which bounds logits already. In the first forward pass, if the sizes of the layers
+            are not those of queries and keys.
 
     Source:
         Kimi Team 2025, arXiv 2507.20534, algorithm 1.
@@ -72,29 +78,37 @@ class QKClip:
         self.threshold, self.names, self.process_group = threshold, names, process_group
         self.largest: dict[nn.Module, Tensor] = {}
         """Attention module -> the largest logit of each head since the last `clip`, [heads]."""
-        self._heads: dict[nn.Module, int] = {}
+        self._weights: dict[nn.Module, tuple[_Rows, _Rows]] = {}  # of queries and keys
+        self._key_heads: dict[nn.Module, int] = {}
         self._mode = _Watch(self)
         self._hooks: list[Any] = []
+        parts = {bare_name(key): role.parts for key, role in roles(model.named_parameters(), model).items()}
         for name, module in model.named_modules():
-            if not all(isinstance(getattr(module, key, None), nn.Module) for key in names):
+            places = [_Rows(f"{name}.{key}".removeprefix("."), getattr(module, key, None)) for key in names]
+            if not all(isinstance(place.layer, nn.Module) for place in places):
+                places = _fused_rows(name, module, parts)
+            if not places:
                 continue
             if isinstance(getattr(module, "q_norm", None), nn.Module):
                 self.remove()
                 raise ValueError(f"QKClip: {name} normalises its queries (q_norm), which bounds its logits already")
-            for key in names:
-                layer = getattr(module, key)
-                own = layer._parameters.get("weight")
+            for place in places:
+                own = place.layer._parameters.get("weight")
                 if own is None or not own.is_floating_point():
                     self.remove()
                     raise ValueError(
-                        f"QKClip: {name}.{key} is a {type(layer).__name__} without a floating-point weight of its own, "
-                        "such as an adapter around a layer or a quantised layer, and cannot be scaled; merge adapters, "
-                        "or train without QKClip"
+                        f"QKClip: {place.name} is a {type(place.layer).__name__} without a floating-point weight of "
+                        "its own, such as an adapter around a layer or a quantised layer, and cannot be scaled; merge "
+                        "adapters, or train without QKClip"
                     )
+            self._weights[module] = (places[0], places[1])
             self._hooks.append(module.register_forward_pre_hook(self._begin))
             self._hooks.append(module.register_forward_hook(self._end, always_call=True))
         if not self._hooks:
-            raise ValueError(f"QKClip: no module of the model has layers {names[0]!r} and {names[1]!r}; pass names=")
+            raise ValueError(
+                f"QKClip: no module of the model has layers {names[0]!r} and {names[1]!r}, or one layer of queries, "
+                "keys and values whose parts are known; pass names="
+            )
 
     def _begin(self, module: nn.Module, _: Any) -> None:
         self._mode.modules.append(module)
@@ -119,7 +133,8 @@ class QKClip:
             scale: The factor of the logits.
         """
         with torch.no_grad():
-            self._heads[module] = key.shape[1]
+            if module not in self._key_heads:
+                self._key_heads[module] = self._checked_heads(module, query.shape[1], query.shape[-1])
             key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
             most = query.new_full((query.shape[1],), -torch.inf, dtype=torch.float32)
             seen = torch.arange(key.shape[2], device=key.device)
@@ -134,6 +149,18 @@ class QKClip:
                     logits = logits.masked_fill(seen > rows[:, None], -torch.inf)
                 most = torch.maximum(most, logits.amax((0, 2, 3)))
             self.largest[module] = torch.maximum(most, self.largest.get(module, most))
+
+    def _checked_heads(self, module: nn.Module, heads: int, size: int) -> int:
+        """Return the number of key heads, after checking that the layers have the sizes of queries and keys."""
+        queries, keys = self._weights[module]
+        count = keys.rows // size
+        if queries.rows != heads * size or keys.rows % size or not count or heads % count:
+            raise ValueError(
+                f"QKClip: the attention has {heads} query heads of size {size}, but {queries.name} has {queries.rows} "
+                f"outputs for queries and {keys.name} has {keys.rows} for keys; layers that contain anything else "
+                "cannot be scaled"
+            )
+        return count
 
     @torch.no_grad()
     def clip(self) -> int:
@@ -160,11 +187,11 @@ class QKClip:
             clipped += over
             if not over:
                 continue
-            query, key = (getattr(module, name) for name in self.names)
-            if self._heads[module] == len(factor):
+            queries, keys = self._weights[module]
+            if self._key_heads[module] == len(factor):
                 factor = factor.sqrt()
-                _scale(key, factor)
-            _scale(query, factor)
+                keys.scale(factor)
+            queries.scale(factor)
         self.largest = {}
         return clipped
 
@@ -181,11 +208,44 @@ class QKClip:
         self.remove()
 
 
-def _scale(layer: nn.Module, factor: Tensor) -> None:
-    """Multiply the outputs of a layer by one factor per head."""
-    for param in layer.parameters(recurse=False):
-        rows = factor.to(param.dtype).repeat_interleave(param.shape[0] // len(factor))
-        param.mul_(rows.view(-1, *[1] * (param.ndim - 1)))
+@dataclass(frozen=True)
+class _Rows:
+    """The outputs of a layer that are queries, or keys: all, or one part of each group of outputs."""
+
+    name: str
+    layer: Any
+    part: int = 0
+    sizes: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def rows(self) -> int:
+        """How many outputs they are."""
+        return self.groups * self.sizes[self.part] if self.sizes else self._turned(self.layer.weight).shape[0]
+
+    def _turned(self, param: Tensor) -> Tensor:
+        """Return a parameter with outputs first; those of Conv1D are last."""
+        return param.mT if type(self.layer).__name__ == "Conv1D" and param.ndim == 2 else param
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply them by one factor per head."""
+        for param in self.layer.parameters(recurse=False):
+            rows = factor.to(param.dtype).repeat_interleave(self.rows // len(factor))
+            if self.sizes:
+                every = rows.new_ones(self.groups, sum(self.sizes))
+                every.split(self.sizes, 1)[self.part].copy_(rows.view(self.groups, -1))
+                rows = every.flatten()
+            self._turned(param).mul_(rows.view(-1, *[1] * (param.ndim - 1)))
+
+
+def _fused_rows(name: str, module: nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> list[_Rows]:
+    """Return queries and keys of a module with a layer of queries, keys and values; empty if it has none."""
+    for key, layer in module.named_children():
+        path = f"{name}.{key}".removeprefix(".")
+        found = parts.get(bare_name(f"{path}.weight"), {})
+        if len(sizes := found.get("split_sizes", ())) == 3:
+            return [_Rows(path, layer, part, tuple(sizes), found.get("split_groups", 1)) for part in range(2)]
+    return []
 
 
 class _Watch(TorchFunctionMode):

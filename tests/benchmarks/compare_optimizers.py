@@ -10,6 +10,7 @@ that was stopped goes on; DIR/results.json and DIR/report.html hold all. Same ar
 import argparse
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import optim
 from datatools import files, keep_pages
+from datatools.stats import t_interval
 from optim import curvature
 from pipelines.report import charts
 from pipelines.runs.progress import progress
@@ -37,6 +39,10 @@ MIDDLE = {
     "sophia_g": 1e-3, "sophia_h": 1e-3, "spam": 3e-3, "stable_spam": 3e-3, "conda": 1e-2, "normuon": 5e-2,
     "root": 1.5e-2, "scale": 3e-3, "sinkgd": 5e-2, "swan": 5e-2, "muon_8bit": 1.5e-2,
     "adamw_8bit": 3e-3, "lion_8bit": 1.5e-3, "galore": 1e-2, "fira": 1e-2, "apollo": 1e-2,
+    "adafactor": 3e-2, "adagrad": 3e-2, "adam": 3e-3, "adam_atan2": 3e-3, "ademamix": 3e-3, "adopt": 3e-3,
+    "came": 3e-3, "dion": 1.5e-2, "kron": 3e-3, "lamb": 1e-2, "lars": 10.0, "mars": 1e-2, "nadamw": 3e-3,
+    "prodigy": 1.0, "rmnp": 1.5e-2, "rmsprop": 1e-3, "schedule_free_adamw": 1e-2, "schedule_free_sgd": 3.0,
+    "shampoo": 1e-2, "signsgd": 1e-3, "soap": 1e-2, "stable_adamw": 3e-3,
 }  # fmt: skip
 """The middle one of three learning rates, a factor of 3.16 apart. Where the best is at an end, up to `MORE` follow
 beyond it; where it still is, the report says so. Not here: onebit_adam, which needs a process group, and in one process
@@ -54,6 +60,9 @@ HYPER: dict[str, dict[str, Any]] = {
 }
 """Settings that are not the suite's defaults."""
 
+CONSTANT = {"schedule_free_adamw", "schedule_free_sgd"}
+"""Rules that average weights instead of decreasing the learning rate, as their paper says."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -66,6 +75,10 @@ class Outcome:
     """Held-out nats a byte after the last step; None when training diverged."""
     curve: list[float]
     """Training loss of every tenth step."""
+    step_seconds: float | None = None
+    """CPU time of a step of the optimizer, on one thread: the median."""
+    state_bytes: float | None = None
+    """Bytes of the optimizer's state per parameter."""
 
 
 def model_of(seed: int) -> nn.Module:
@@ -99,10 +112,12 @@ def train(name: str, lr: float, seed: int, texts: tuple[Tensor, Tensor], steps: 
     model = model_of(seed)
     settings = {"weight_decay": DECAY} | HYPER.get(name, {})
     optimizer = optim.create(name, list(model.named_parameters()), lr=lr, **settings)
-    factor = optim.schedule("cosine", total_steps=steps, warmup_steps=steps // 10, min_ratio=0.1)
+    kind, floor = ("constant", {}) if name in CONSTANT else ("cosine", {"min_ratio": 0.1})
+    factor = optim.schedule(kind, total_steps=steps, warmup_steps=steps // 10, **floor)
     scheduler = LambdaLR(optimizer, factor)
     generator = torch.Generator().manual_seed(seed)
     curve: list[float] = []
+    seconds: list[float] = []
     model.train()
     for step in range(steps):
         batch = windows(texts[0], torch.randint(len(texts[0]) - LENGTH, (BATCH,), generator=generator))
@@ -111,15 +126,21 @@ def train(name: str, lr: float, seed: int, texts: tuple[Tensor, Tensor], steps: 
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         refresh(optimizer, model, batch)
+        begin = time.process_time()
         optimizer.step()
+        seconds.append(time.process_time() - begin)
         scheduler.step()
         value = loss.item()
         if not math.isfinite(value):
             return Outcome(name, lr, seed, None, curve)
         if step % 10 == 0:
             curve.append(value)
-    final = held_out(model, texts[1])
-    return Outcome(name, lr, seed, final if math.isfinite(final) else None, curve)
+    with optim.averages_in_place(optimizer):
+        final = held_out(model, texts[1])
+    held = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
+    count = sum(p.numel() for p in model.parameters())
+    loss = final if math.isfinite(final) else None
+    return Outcome(name, lr, seed, loss, curve, statistics.median(seconds), held / count)
 
 
 def refresh(optimizer: optim.Optimizer, model: nn.Module, batch: Tensor) -> None:
@@ -131,18 +152,22 @@ def rate(name: str, place: int) -> float:
     return float(f"{MIDDLE[name] * 10 ** (place / 2):.2g}")
 
 
-def searched(name: str, run: Callable[[float], Sequence[Outcome]]) -> Iterator[Outcome]:
-    """The outcomes at three learning rates, and at up to `MORE` beyond the end at which the best one is."""
+def searched(name: str, run: Callable[[float, range], Sequence[Outcome]], tune: int, seeds: int) -> Iterator[Outcome]:
+    """The outcomes at three learning rates, and at up to `MORE` beyond the end at which the best one is.
+
+    Learning rates are compared over `tune` seeds, and the best one then runs with all `seeds`.
+    """
     means: dict[int, float] = {}
     wanted = [-1, 0, 1]
     while wanted:
         for place in wanted:
-            found = run(rate(name, place))
+            found = run(rate(name, place), range(tune))
             yield from found
             means[place] = statistics.fmean(math.inf if o.loss is None else o.loss for o in found)
         best = min(means, key=means.__getitem__)
         beyond = best + 1 if best == max(means) else best - 1
         wanted = [beyond] if beyond not in means and len(means) < 3 + MORE else []
+    yield from run(rate(name, best), range(tune, seeds))
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -151,19 +176,28 @@ def searched(name: str, run: Callable[[float], Sequence[Outcome]]) -> Iterator[O
 def rows_of(outcomes: Sequence[Outcome], scale: charts.Scale) -> list[dict[str, Any]]:
     """One row an optimizer, best mean loss first; a learning rate at which a run diverged counts as the worst."""
     rows = []
+    chosen: dict[str, dict[int, float]] = {}  # optimizer -> seed -> loss at its best learning rate
     for name in sorted({o.optimizer for o in outcomes}):
-        losses: dict[float, list[float | None]] = {}
-        for o in outcomes:
-            if o.optimizer == name:
-                losses.setdefault(o.lr, []).append(o.loss)
-        finite = {lr: [x for x in found if x is not None] for lr, found in sorted(losses.items())}
-        means = {lr: statistics.fmean(x) if len(x) == len(losses[lr]) else math.inf for lr, x in finite.items()}
+        mine = [o for o in outcomes if o.optimizer == name]
+        losses: dict[float, dict[int, float | None]] = {}
+        for o in mine:
+            losses.setdefault(o.lr, {})[o.seed] = o.loss
+        losses = dict(sorted(losses.items()))
+        common = set.intersection(*(set(of) for of in losses.values()))
+        finite = {lr: [x for x in of.values() if x is not None] for lr, of in losses.items()}
+        means = {lr: _mean([of[seed] for seed in common]) for lr, of in losses.items()}
         best = min(means, key=means.__getitem__)
+        means[best] = _mean(list(losses[best].values()))
         mean = means[best] if math.isfinite(means[best]) else None
+        chosen[name] = {seed: x for seed, x in losses[best].items() if x is not None}
+        timed = [o.step_seconds for o in mine if o.step_seconds is not None]
+        held = next((o.state_bytes for o in mine if o.state_bytes is not None), None)
         rows.append(
             {
                 "name": name,
                 "best": means[best],
+                "milliseconds": number(1000 * statistics.median(timed), 2) if timed else "",
+                "bytes": "" if held is None else number(held, 1),
                 "loss": "diverged" if mean is None else number(mean, 3),
                 "seeds": ", ".join(number(x, 3) for x in finite[best]),
                 "lr": f"{best:g}",
@@ -183,7 +217,24 @@ def rows_of(outcomes: Sequence[Outcome], scale: charts.Scale) -> list[dict[str, 
                 ),
             }
         )
+    for row in rows:
+        row["against"], row["ahead"] = against(chosen[row["name"]], chosen.get("adamw", {}))
     return sorted(rows, key=lambda row: row["best"])
+
+
+def _mean(losses: Sequence[float | None]) -> float:
+    return statistics.fmean(math.inf if x is None else x for x in losses)
+
+
+def against(own: dict[int, float], base: dict[int, float]) -> tuple[str, bool]:
+    """The mean difference to AdamW over the seeds of both, with its 95 % interval; and whether the rule is ahead."""
+    gaps = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
+    if not any(gaps):
+        return "", False
+    mean, low, high = t_interval(gaps)
+    if low is None or high is None:
+        return f"{mean:+.3f}", False
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})", high < 0
 
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -209,9 +260,13 @@ def report(out: Path, outcomes: Sequence[Outcome], steps: int) -> None:
     )  # fmt: skip
     files.write_text(out / "report.html", html)
     files.write_json(out / "results.json", [asdict(o) for o in outcomes])
-    print("| optimizer | held-out loss | each seed | learning rate |\n|---|---|---|---|")
+    heads = ("optimizer", "held-out loss", "each seed", "against AdamW", "learning rate", "ms a step", "bytes of state")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for row in rows:
-        print(f"| {row['name']} | {row['loss']} | {row['seeds']} | {row['lr']}{' (end)' if row['edge'] else ''} |")
+        rate = f"{row['lr']}{' (end)' if row['edge'] else ''}"
+        keys = ("name", "loss", "seeds", "against", None, "milliseconds", "bytes")
+        print(f"| {' | '.join(rate if key is None else row[key] for key in keys)} |")
+    print(f"ahead of AdamW: {', '.join(row['name'] for row in rows if row['ahead']) or 'none'}")
     print(f"report: {out / 'report.html'}")
 
 
@@ -221,7 +276,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--optimizers", default=",".join(MIDDLE), help="names, by commas; all of them unless given")
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tune", type=int, help="seeds at learning rates that are not the best; all unless given")
     options = parser.parse_args()
     names = options.optimizers.split(",")
     if unknown := [name for name in names if name not in MIDDLE]:
@@ -230,9 +286,9 @@ def main() -> None:
     texts = bytes_of(options.text / "train.txt"), bytes_of(options.text / "valid.txt")
     outcomes: list[Outcome] = []
 
-    def run(name: str, lr: float) -> list[Outcome]:
+    def run(name: str, lr: float, seeds: range) -> list[Outcome]:
         found = []
-        for seed in range(options.seeds):
+        for seed in seeds:
             path = files.make_folder(options.out / "runs") / f"{name}-{lr:g}-{seed}-{options.steps}.json"
             if not path.is_file():
                 files.write_json(path, asdict(train(name, lr, seed, texts, options.steps)))
@@ -241,7 +297,7 @@ def main() -> None:
 
     with progress("training", len(names), "optimizers") as bar:
         for name in names:
-            outcomes += searched(name, partial(run, name))
+            outcomes += searched(name, partial(run, name), options.tune or options.seeds, options.seeds)
             bar.advance(1)
     report(options.out, outcomes, options.steps)
 

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from optim import QKClip, create
 
@@ -21,6 +30,9 @@ def llama(key_heads, **changes):
     return model
 
 
+FUSED = {
+    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
 IDS = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
@@ -40,6 +52,61 @@ def test_no_logit_of_the_first_layer_exceeds_the_threshold(key_heads):
     assert torch.equal(attention.v_proj.weight, untouched)
     model(IDS)
     assert torch.equal(clip.largest[attention], after), "removed: it records nothing"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=16)),
+        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**FUSED)),
+        lambda: Phi3ForCausalLM(Phi3Config(**FUSED, num_key_value_heads=2, pad_token_id=0)),
+    ],
+)
+def test_queries_and_keys_of_fused_layers_are_scaled(model):
+    """Conv1D with outputs last, heads in turn, and fewer key heads; values stay."""
+    torch.manual_seed(0)
+    model = model().eval()  # GPT-2 has dropout
+    with QKClip(model, threshold=1e-3) as clip:
+        attention, (queries, keys) = next(iter(clip._weights.items()))
+        weight = queries.layer.weight
+        before = weight.detach().clone()
+        model(IDS)
+        largest = clip.largest[attention]
+        assert clip.clip() == 8
+        model(IDS)
+        torch.testing.assert_close(clip.largest[attention], largest.clamp(max=1e-3), rtol=1e-3, atol=1e-6)
+    changed = (weight != before).float().mean()
+    assert float(changed) == pytest.approx(queries.rows / 64 if keys.rows == 16 else 2 / 3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_padding_and_checkpoints_do_not_change_what_is_scaled(reentrant):
+    """With a mask transformers repeats keys, whose layer has fewer heads all the same."""
+    model = llama(2)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    attention = model.model.layers[0].self_attn
+    keys = attention.k_proj.weight.detach().clone()
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    with QKClip(model, threshold=1.0) as clip:
+        for _ in range(2):
+            model(inputs_embeds=model.get_input_embeddings()(IDS), attention_mask=mask).logits.sum().backward()
+            largest = clip.largest[attention]
+            clip.clip()
+    assert float(largest.max()) == pytest.approx(1.0, rel=1e-4)
+    assert torch.equal(attention.k_proj.weight, keys)
+
+
+def test_layers_of_other_sizes_are_refused():
+    model = llama(4)
+    attention = model.model.layers[1].self_attn
+    with QKClip(model) as clip:
+        q = torch.zeros(1, 4, 3, 4)
+        with pytest.raises(
+            ValueError, match=r"4 query heads of size 4, but model\.layers\.1\.self_attn\.q_proj has 32"
+        ):
+            clip.record(attention, q, q, None, False, 1.0)
 
 
 def test_what_is_recorded_are_the_logits_without_masked_ones():
