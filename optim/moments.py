@@ -31,6 +31,20 @@ def zero_moment(param: Tensor) -> Tensor:
     return torch.zeros_like(param, dtype=moment_dtype(param), requires_grad=False)
 
 
+def with_l2(grad: Tensor, param: Tensor, l2: float) -> Tensor:
+    """Return the gradient of the loss with the penalty l2 / 2 |p|^2, which is torch's form of weight decay.
+
+    Args:
+        grad: The gradient of the loss.
+        param: The parameter, of the same shape.
+        l2: The factor of the parameter.
+
+    Returns:
+        The gradient itself if the factor is 0.
+    """
+    return grad + l2 * param.to(grad.dtype) if l2 != 0 else grad
+
+
 def scalar_moment(param: Tensor, value: float = 0.0) -> Tensor:
     """Return one number for a whole tensor; it is equal on every rank of a DTensor.
 

@@ -233,7 +233,7 @@ class _Rows:
             rows = factor.to(param.dtype).repeat_interleave(self.rows // len(factor))
             if self.sizes:
                 every = rows.new_ones(self.groups, sum(self.sizes))
-                every.split(self.sizes, 1)[self.part].copy_(rows.view(self.groups, -1))
+                torch.split(every, list(self.sizes), 1)[self.part].copy_(rows.view(self.groups, -1))
                 rows = every.flatten()
             self._turned(param).mul_(rows.view(-1, *[1] * (param.ndim - 1)))
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_non_negative
-from optim.moments import zero_moment, zero_step
+from optim.moments import with_l2, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
 
@@ -21,6 +21,7 @@ class AdagradRule(UpdateRule):
         lr_decay: How fast the learning rate decreases additionally.
         initial_accumulator_value: The value of v before the first step.
         eps: Added to the denominator.
+        l2: The factor of p in the term l2 p that is first added to the gradient (torch's form of weight decay).
 
     Shapes:
         Elementwise. The sum has the parameter's shape.
@@ -32,7 +33,7 @@ class AdagradRule(UpdateRule):
         Duchi et al. 2011 (JMLR 12, 2121-2159); `torch.optim.Adagrad`.
 
     Differs:
-        Weight decay is decoupled; torch adds it to the gradient.
+        Weight decay is decoupled; torch adds it to the gradient (`l2`).
     """
 
     name: ClassVar[str] = "adagrad"
@@ -40,6 +41,7 @@ class AdagradRule(UpdateRule):
     lr_decay: float = 0.0
     initial_accumulator_value: float = 0.0
     eps: float = 1e-10
+    l2: float = 0.0
 
     def __post_init__(self) -> None:
         check_non_negative(
@@ -47,6 +49,7 @@ class AdagradRule(UpdateRule):
             lr_decay=self.lr_decay,
             initial_accumulator_value=self.initial_accumulator_value,
             eps=self.eps,
+            l2=self.l2,
         )
 
     def init(self, param: OfParam) -> State:
@@ -55,7 +58,7 @@ class AdagradRule(UpdateRule):
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the sum's dtype, and the new state."""
-        g = grad.to(state["sum"].dtype)
+        g = with_l2(grad.to(state["sum"].dtype), param, self.l2)
         v = state["sum"].addcmul(g, g)
         direction = g / (v.sqrt() + self.eps)
         if self.lr_decay:
@@ -69,7 +72,7 @@ class Adagrad(Optimizer):
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
-        lr_decay, initial_accumulator_value, eps: See `AdagradRule`.
+        lr_decay, initial_accumulator_value, eps, l2: See `AdagradRule`.
         weight_decay: Decoupled weight decay.
 
     Example:
@@ -93,10 +96,11 @@ class Adagrad(Optimizer):
         *,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        l2: float = 0.0,
     ) -> None:
         super().__init__(
             params,
-            AdagradRule(lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps),
+            AdagradRule(lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps, l2=l2),
             lr=lr,
             weight_decay=weight_decay,
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
-from optim.moments import zero_moment, zero_step
+from optim.moments import with_l2, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
 
@@ -25,6 +25,7 @@ class ADOPTRule(UpdateRule):
         betas: (b1, b2), the decay rates of the two moments.
         eps: The smallest denominator.
         clip_exponent: The exponent c; None for no clipping.
+        l2: The factor of p in the term l2 p that is first added to the gradient (the code without `decouple`).
 
     Shapes:
         Elementwise. The moments have the parameter's shape.
@@ -41,10 +42,11 @@ class ADOPTRule(UpdateRule):
     betas: tuple[float, float] = (0.9, 0.9999)
     eps: float = 1e-6
     clip_exponent: float | None = 0.25
+    l2: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", checked_betas("ADOPTRule", self.betas))
-        check_non_negative("ADOPTRule", eps=self.eps)
+        check_non_negative("ADOPTRule", eps=self.eps, l2=self.l2)
         if self.clip_exponent is not None:
             check_non_negative("ADOPTRule", clip_exponent=self.clip_exponent)
 
@@ -56,7 +58,7 @@ class ADOPTRule(UpdateRule):
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        g = grad.to(m.dtype)
+        g = with_l2(grad.to(m.dtype), param, self.l2)
         t = state["step"]
         first = (t == 0).to(v.device)
         n = g / v.sqrt().clamp(min=self.eps)
@@ -78,7 +80,7 @@ class ADOPT(Optimizer):
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
-        betas, eps, clip_exponent: See `ADOPTRule`.
+        betas, eps, clip_exponent, l2: See `ADOPTRule`.
         weight_decay: Decoupled weight decay.
 
     Example:
@@ -102,7 +104,11 @@ class ADOPT(Optimizer):
         weight_decay: float = 0.0,
         *,
         clip_exponent: float | None = 0.25,
+        l2: float = 0.0,
     ) -> None:
         super().__init__(
-            params, ADOPTRule(betas=betas, eps=eps, clip_exponent=clip_exponent), lr=lr, weight_decay=weight_decay
+            params,
+            ADOPTRule(betas=betas, eps=eps, clip_exponent=clip_exponent, l2=l2),
+            lr=lr,
+            weight_decay=weight_decay,
         )

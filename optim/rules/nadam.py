@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
-from optim.moments import correction, moment_dtype, zero_moment, zero_step
+from optim.moments import correction, moment_dtype, with_l2, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
 
@@ -66,9 +66,7 @@ class NAdamRule(UpdateRule):
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
-        g = grad.to(state["exp_avg"].dtype)
-        if self.l2 != 0:
-            g = g + self.l2 * param.to(g.dtype)
+        g = with_l2(grad.to(state["exp_avg"].dtype), param, self.l2)
         t = state["step"] + 1
         mu, mu_next = self._momentum(t), self._momentum(t + 1)
         product = state["mu_product"].double() * mu

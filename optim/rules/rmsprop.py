@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_flag, check_non_negative, check_unit_interval
-from optim.moments import zero_moment, zero_step
+from optim.moments import with_l2, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
 
@@ -25,6 +25,7 @@ class RMSpropRule(UpdateRule):
         eps: Added to the denominator.
         momentum: The decay rate of b.
         centered: Whether to divide by the standard deviation instead of the root mean square.
+        l2: The factor of p in the term l2 p that is first added to the gradient (torch's form of weight decay).
 
     Shapes:
         Elementwise. The averages have the parameter's shape.
@@ -36,7 +37,7 @@ class RMSpropRule(UpdateRule):
         Tieleman & Hinton 2012 (Coursera, lecture 6.5); `torch.optim.RMSprop`.
 
     Differs:
-        Weight decay is decoupled; torch adds it to the gradient.
+        Weight decay is decoupled; torch adds it to the gradient (`l2`).
     """
 
     name: ClassVar[str] = "rmsprop"
@@ -45,10 +46,11 @@ class RMSpropRule(UpdateRule):
     eps: float = 1e-8
     momentum: float = 0.0
     centered: bool = False
+    l2: float = 0.0
 
     def __post_init__(self) -> None:
         check_unit_interval("RMSpropRule", alpha=self.alpha, momentum=self.momentum)
-        check_non_negative("RMSpropRule", eps=self.eps)
+        check_non_negative("RMSpropRule", eps=self.eps, l2=self.l2)
         check_flag("RMSpropRule", centered=self.centered)
 
     def init(self, param: OfParam) -> State:
@@ -58,7 +60,7 @@ class RMSpropRule(UpdateRule):
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the averages' dtype, and the new state."""
-        g = grad.to(state["exp_avg_sq"].dtype)
+        g = with_l2(grad.to(state["exp_avg_sq"].dtype), param, self.l2)
         v = (self.alpha * state["exp_avg_sq"]).addcmul(g, g, value=1 - self.alpha)
         new = {"step": state["step"] + 1, "exp_avg_sq": v}
         if self.centered:
@@ -76,7 +78,7 @@ class RMSprop(Optimizer):
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
-        alpha, eps, momentum, centered: See `RMSpropRule`.
+        alpha, eps, momentum, centered, l2: See `RMSpropRule`.
         weight_decay: Decoupled weight decay.
 
     Example:
@@ -101,10 +103,11 @@ class RMSprop(Optimizer):
         *,
         momentum: float = 0.0,
         centered: bool = False,
+        l2: float = 0.0,
     ) -> None:
         super().__init__(
             params,
-            RMSpropRule(alpha=alpha, eps=eps, momentum=momentum, centered=centered),
+            RMSpropRule(alpha=alpha, eps=eps, momentum=momentum, centered=centered, l2=l2),
             lr=lr,
             weight_decay=weight_decay,
         )

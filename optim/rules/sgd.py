@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from optim.checks import check_flag, check_share, check_unit_interval
-from optim.moments import moment_dtype, zero_moment, zero_step
+from optim.checks import check_flag, check_non_negative, check_share, check_unit_interval
+from optim.moments import moment_dtype, with_l2, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
 
@@ -24,6 +24,7 @@ class SGDRule(UpdateRule):
         momentum: The factor of the buffer.
         dampening: The share of the gradient that is not added to the buffer.
         nesterov: Whether to use Nesterov momentum.
+        l2: The factor of p in the term l2 p that is first added to the gradient (torch's form of weight decay).
 
     Shapes:
         Elementwise. The buffer has the parameter's shape.
@@ -35,7 +36,7 @@ class SGDRule(UpdateRule):
         `torch.optim.SGD`; Sutskever et al. 2013 for this form of Nesterov momentum.
 
     Differs:
-        Weight decay is decoupled. torch adds it to the gradient, which is only the same with momentum 0.
+        Weight decay is decoupled. torch adds it to the gradient (`l2`), which is only the same with momentum 0.
     """
 
     name: ClassVar[str] = "sgd"
@@ -43,11 +44,13 @@ class SGDRule(UpdateRule):
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False
+    l2: float = 0.0
 
     def __post_init__(self) -> None:
         check_unit_interval("SGDRule", momentum=self.momentum)
         check_flag("SGDRule", nesterov=self.nesterov)
         check_share("SGDRule", dampening=self.dampening)
+        check_non_negative("SGDRule", l2=self.l2)
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError("SGDRule: nesterov=True needs a momentum above 0 and dampening 0")
 
@@ -57,11 +60,12 @@ class SGDRule(UpdateRule):
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
-        g = grad.to(moment_dtype(param))
+        g = with_l2(grad.to(moment_dtype(param)), param, self.l2)
         new = {"step": state["step"] + 1}
         if self.momentum == 0:
             return g, new
-        share = 1 - self.dampening * (state["step"] > 0)  # the first gradient is not dampened, as in torch
+        later = (state["step"] > 0).double()  # the first gradient is not dampened, as in torch
+        share = (1 - self.dampening * later).to(g.dtype)
         b = new["momentum_buffer"] = self.momentum * state["momentum_buffer"] + share * g
         return (g + self.momentum * b if self.nesterov else b), new
 
@@ -72,7 +76,7 @@ class SGD(Optimizer):
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
-        momentum, dampening, nesterov: See `SGDRule`.
+        momentum, dampening, nesterov, l2: See `SGDRule`.
         weight_decay: Decoupled weight decay.
 
     Example:
@@ -95,6 +99,8 @@ class SGD(Optimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        *,
+        l2: float = 0.0,
     ) -> None:
-        rule = SGDRule(momentum=momentum, dampening=dampening, nesterov=nesterov)
+        rule = SGDRule(momentum=momentum, dampening=dampening, nesterov=nesterov, l2=l2)
         super().__init__(params, rule, lr=lr, weight_decay=weight_decay)

@@ -11,24 +11,24 @@ from optim.torch_states.counterpart import Counterpart, Group, State, first_step
 _SETTINGS = ("momentum", "dampening", "nesterov")
 
 
+def _coupled(saved_group: Group) -> bool:
+    """Return whether weight decay is part of the momentum; without momentum it is the same as decoupled decay."""
+    return bool(saved_group.get("weight_decay", 0.0) != 0 and saved_group["momentum"] != 0)
+
+
 def _read(saved_group: Group, rule: UpdateRule) -> dict[str, Any]:
-    said, decay = {key: saved_group[key] for key in _SETTINGS}, saved_group.get("weight_decay", 0.0)
-    if decay != 0 and said["momentum"] != 0:
-        raise ValueError(
-            f"load_state_dict: the saved SGD added its weight decay ({decay}) to the gradient and therefore to the "
-            "momentum, but here it is decoupled; load it with weight_decay 0 in the saved group, and set it afterwards"
-        )
-    return said
+    said = {key: saved_group[key] for key in _SETTINGS}
+    return said | {"l2": saved_group["weight_decay"] if _coupled(saved_group) else 0.0}
 
 
 def _write(described: Mapping[str, Any], decay: float) -> tuple[dict[str, Any], float]:
-    said = {key: described[key] for key in _SETTINGS}
-    if decay and said["momentum"]:
+    said, l2 = {key: described[key] for key in _SETTINGS}, described.get("l2", 0.0)
+    if decay and (said["momentum"] or l2):
         raise ValueError(
-            f"to_torch_state: torch's SGD adds weight decay ({decay}) to the momentum, but here it is decoupled; set "
-            "the groups' weight_decay to 0 first"
+            f"to_torch_state: torch's SGD adds weight decay to the gradient and therefore to the momentum (`l2` here), "
+            f"but here the groups' weight_decay ({decay}) is decoupled; set it to 0 first"
         )
-    return said, decay
+    return said, l2 or decay
 
 
 def _native(rule: UpdateRule, state: Mapping[str, Any]) -> State | None:
@@ -45,4 +45,5 @@ SGD = Counterpart(
     write=_write,
     native=_native,
     entries=without_step,
+    own_decay=_coupled,
 )

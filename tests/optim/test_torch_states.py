@@ -35,6 +35,10 @@ PAIRS = {
     "sgd decay": (lambda p: SGD(p, 0.1, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1)),
     "sgd momentum": (lambda p: SGD(p, 0.1, 0.9, dampening=0.5), lambda p: torch.optim.SGD(p, 0.1, 0.9, dampening=0.5)),
     "sgd nesterov": (lambda p: SGD(p, 0.1, 0.9, nesterov=True), lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True)),
+    "sgd l2": (
+        lambda p: SGD(p, 0.1, 0.9, l2=0.1),
+        lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.1),
+    ),
     "nadam": (lambda p: NAdam(p, 0.01), lambda p: torch.optim.NAdam(p, 0.01)),
     "nadam l2": (lambda p: NAdam(p, 0.01, l2=0.1), lambda p: torch.optim.NAdam(p, 0.01, weight_decay=0.1)),
     "nadam decay": (
@@ -149,7 +153,7 @@ def test_what_torch_does_not_have_is_refused_by_name(make, message):
     (torch.optim.AdamW, NAdam, "AdamW.*'nadam'"),
     (lambda p: torch.optim.Adam(p, weight_decay=0.1), AdamW, "to the gradient"),
     (lambda p: torch.optim.AdamW(p, maximize=True), AdamW, "maximize=True"),
-    (lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=0.1), lambda p: SGD(p, momentum=0.9), "weight_decay 0"),
+    (lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=0.1), lambda p: SGD(p, momentum=0.9), "l2 is 0.0 here"),
     (lambda p: torch.optim.SGD(p, momentum=0.9), lambda p: SGD(p, momentum=0.8), "momentum is 0.8 here and 0.9 there"),
     (torch.optim.Muon, muon, "scale is 'match_rms_adamw' here and 'original' there"),
     (lambda p: torch.optim.Muon(p, adjust_lr_fn="match_rms_adamw", ns_coefficients=(3.0, -3.2, 1.2)), muon,
