@@ -88,8 +88,9 @@ class CoLM(Measuring):
         history: "selected" updates the rule's state with the chosen rows of large sources, "all" with all their rows.
         per_source: True chooses within each large source by quotas, False among all large sources at once.
         weights: "uniform" leaves the weights of a method as they are; "expectation" scales them so that each source
-            counts as much as in the large batch (`correct_expectation`); "auto" is expectation for features that are
-            given and uniform for others.
+            counts as much as in the large batch (`correct_expectation`; large sources of which less than one row is
+            kept on average, together: `Plan.strata`); "auto" is expectation for features that are given and uniform
+            for others.
         max_weight: largest weight of "expectation".
         token_budget: tokens per forward pass, including padding; changes features by rounding only.
         projection: see `LastLayer.of`.
@@ -115,7 +116,8 @@ class CoLM(Measuring):
     Differs:
         The default method is herding on exact gradients, because the published feature is one number per row (one
         direction for all rows and steps), and medoids do not approximate the mean. Losses are means over a row's own
-        tokens. Random draws use private generators. When small sources overflow, their rows are drawn by quotas. Each
+        tokens. Random draws use private generators. Quotas are rounded at random, where the published code gives what
+        is left to the smallest quotas. When small sources overflow, their rows are drawn by quotas. Each
         process chooses among its own rows, where the published code gathers them, unless the processes of `group` hold
         one batch. The activations of the choosing pass are not kept for training, which would need memory for all rows.
 
@@ -260,7 +262,10 @@ class CoLM(Measuring):
         else:
             chosen, grads = self._choose(batch, made, step, lane, lengths, names, everything=watch and self.kind.exact)
         if self.expected:
-            parts = named if self.per_source else [source if source in self.small else None for source in named]
+            parts: list[Hashable] = list(named)
+            for place, rows in enumerate(made.strata()):
+                for i in rows.tolist():
+                    parts[i] = (CoLM, place)  # no name of a source
             chosen = correct_expectation(chosen, parts, bound=self.max_weight)
         errors: tuple[float | None, float | None] = (None, None)
         began = perf_counter()

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from datatools.colm.choice import choose_rows
-from datatools.colm.quotas import Plan, budgets
+from datatools.colm.quotas import Plan, drawn_budgets
 from datatools.selection.candidates import Selection
 
 
@@ -19,8 +19,9 @@ def choose_given(
     """Execute a plan with features of which some are not known.
 
     Within each source, rows without features are a part of their own: they get the share of the quota that they have of
-    the rows, and are drawn at random. So every row is trained on now and then, and its features become known. The
-    method chooses among the others, whose mean it approximates.
+    the rows, rounded at random, and are drawn at random. So each of them is kept with the probability quota / rows,
+    even a single one with a share below 1, and its features become known. The method chooses among the others, whose
+    mean it approximates.
 
     Args:
         features: floating dtype [n, d]; rows with a number that is not finite count as unknown.
@@ -44,7 +45,7 @@ def choose_given(
     groups: list[tuple[Tensor, int]] = []
     for rows, quota in plan.groups:
         there, new = rows[known[rows]], rows[~known[rows]]
-        of_new, of_there = budgets([len(new), len(there)], quota)
+        of_new, of_there = drawn_budgets([len(new), len(there)], quota, generator=generator)
         drawn.append(new[torch.randperm(len(new), generator=generator)[:of_new]])
         groups.append((there, of_there))
     first = torch.cat(drawn)

@@ -44,6 +44,30 @@ class Plan:
         """Whether there is a choice: some group with a quota below its size."""
         return any(0 < quota < len(rows) for rows, quota in self.groups)
 
+    def strata(self) -> list[Int64[Tensor, " s"]]:
+        """Group the rows of large sources so that, of every group, at least one row is chosen in every draw.
+
+        Sources whose share of the quotas is below 1 have a chosen row in some draws only. They form one group, which
+        the smallest other source joins if their shares have a sum below 1. All rows of large sources have the same
+        chance, so that those of one group can be weighted alike.
+
+        Returns:
+            The rows of each group, int64.
+
+        Example:
+            >>> made = plan(["a", "b"] + ["c"] * 6, 4, generator=torch.Generator())
+            >>> [rows.tolist() for rows in made.strata()]  # shares of 0.5, 0.5 and 3
+            [[0, 1], [2, 3, 4, 5, 6, 7]]
+
+        """
+        whole, total = sum(len(rows) for rows, _ in self.groups), sum(quota for _, quota in self.groups)
+        groups = sorted((rows for rows, _ in self.groups), key=len)
+        few = [rows for rows in groups if total * len(rows) < whole]
+        others = groups[len(few) :]
+        if few and others and total * sum(map(len, few)) < whole:
+            few.append(others.pop(0))
+        return ([torch.cat(few)] if few else []) + others
+
     def candidates(self) -> Int64[Tensor, " c"]:
         """List the rows of all groups.
 
@@ -78,15 +102,15 @@ def plan(
 ) -> Plan:
     """Decide which rows of a batch are kept anyway, and how many to choose of each large source.
 
-    Quotas are proportional to the number of rows that a source has in this batch (`budgets`). Sources are processed in
-    the order of their names.
+    Quotas are proportional to the number of rows that a source has in this batch. They are rounded at random
+    (`drawn_budgets`), so that on average no source has more or fewer rows than its share.
 
     Args:
         sources: the source of each row [n].
         keep: number of rows to keep.
         small: sources whose rows are all kept.
         per_source: False makes one group of all large sources.
-        generator: source of randomness, used if the small sources overflow.
+        generator: source of randomness, used if quotas are not whole numbers or the small sources overflow.
 
     Returns:
         The plan.
@@ -116,13 +140,13 @@ def plan(
         large = [torch.cat(large).sort().values]
     held = sum(map(len, little))
     if held > keep:
-        shares = budgets([len(r) for r in little], keep)
+        shares = drawn_budgets([len(r) for r in little], keep, generator=generator)
         little = [
             r[torch.randperm(len(r), generator=generator)[:share].sort().values]
             for r, share in zip(little, shares, strict=True)
         ]
     kept = torch.cat(little) if little else torch.zeros(0, dtype=torch.int64)
-    quotas = budgets([len(r) for r in large], keep - len(kept))
+    quotas = drawn_budgets([len(r) for r in large], keep - len(kept), generator=generator)
     return Plan(kept.sort().values, tuple(zip(large, quotas, strict=True)), held > keep)
 
 
@@ -155,6 +179,51 @@ def budgets(sizes: Sequence[int], total: int) -> list[int]:
     rest = sorted(range(len(sizes)), key=lambda q: (-(total * sizes[q] % whole), q))
     for q in rest[: total - sum(shares)]:
         shares[q] += 1
+    return shares
+
+
+def drawn_budgets(sizes: Sequence[int], total: int, *, generator: torch.Generator) -> list[int]:
+    """Divide `total` in proportion to `sizes`; what is no whole number is rounded up or down at random.
+
+    Rounding always up where the remainder is largest (`budgets`) never gives a row to a source whose share is small in
+    every batch, nor to the later ones of sources with equal shares. Here, the mean of each number of rows is exactly
+    its share. Remainders are drawn by systematic sampling in the order of the sizes, so that sources of similar size
+    have the sum of their shares together, rounded once.
+
+    Args:
+        sizes: rows per source, none negative.
+        total: number of rows to divide.
+        generator: source of randomness; not used if all shares are whole numbers.
+
+    Returns:
+        Rows for each source, at most its size; their sum is `total`.
+
+    Raises:
+        ValueError: unless 0 <= total <= sum(sizes) and no size is negative.
+
+    Source:
+        Systematic sampling: Madow 1949.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> draws = [drawn_budgets([1, 15], 8, generator=g) for _ in range(1000)]  # shares of 0.5 and 7.5
+        >>> sorted(set(map(tuple, draws))), 450 < sum(one for one, _ in draws) < 550
+        ([(0, 8), (1, 7)], True)
+
+    """
+    budgets(sizes, total)  # refuses what cannot be divided
+    whole = max(1, sum(sizes))
+    shares = [total * size // whole for size in sizes]
+    if sum(shares) == total:
+        return shares
+    mixed = torch.randperm(len(sizes), generator=generator).tolist()
+    mark = int(torch.randint(whole, (1,), generator=generator)) + 1
+    reached = 0
+    for q in sorted(mixed, key=lambda q: sizes[q]):  # equal sizes in random order
+        reached += total * sizes[q] % whole
+        if reached >= mark:
+            shares[q] += 1
+            mark += whole
     return shares
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from datatools.colm import (
     worth_in_rows,
 )
 from datatools.colm.choice import sparsify
+from datatools.colm.quotas import Plan, drawn_budgets
 from datatools.subsets.facility_location import distances, facility_location
 from datatools.subsets.herding import herding
 from datatools.subsets.matching_pursuit import matching_pursuit
@@ -139,7 +141,7 @@ def test_herding_keeps_quotas_and_what_is_kept_and_no_exchange_within_a_source_i
     rows = gradients(20, 9)
     made = plan(SOURCES, 11, {"rare"}, generator=generator())
     found = herding(rows, 11, kept=made.kept, groups=made.groups, exchanges=1000).indices.tolist()
-    assert Counter(SOURCES[i] for i in found) == {"rare": 3, "big": 6, "large": 2}
+    assert Counter(SOURCES[i] for i in found) == {"rare": 3} | {SOURCES[int(r[0])]: quota for r, quota in made.groups}
 
     def error(picks):
         return float((rows[picks].mean(0) - rows.mean(0)).norm())
@@ -196,6 +198,32 @@ def test_budgets_add_up_and_are_capped(sizes, data):
         assert all(abs(b - total * size / sum(sizes)) < 1 for b, size in zip(found, sizes, strict=True))
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.data())
+def test_drawn_budgets_are_the_shares_on_average(sizes, data):
+    """Exactly: the mean over all values of the only number that is drawn, besides the order of equal sizes."""
+    whole = sum(sizes)
+    total = data.draw(st.integers(0, whole))
+    seed = data.draw(st.integers(0, 99))
+    found = []
+    for mark in range(max(1, whole)):
+        with mock.patch.object(torch, "randint", lambda *_, mark=mark, **__: torch.tensor([mark])):
+            found.append(drawn_budgets(sizes, total, generator=generator(seed)))
+    for each in found:
+        assert sum(each) == total and all(0 <= b <= size for b, size in zip(each, sizes, strict=True))
+        low = [total * size // max(1, whole) for size in sizes]
+        assert all(0 <= b - least <= 1 for b, least in zip(each, low, strict=True))
+        made = Plan(torch.zeros(0, dtype=torch.int64), tuple(zip(parts(sizes), each, strict=True)), False)
+        taken = torch.cat([rows[:b] for rows, b in made.groups])
+        if total:
+            assert all(bool(torch.isin(rows, taken).any()) for rows in made.strata()), "every stratum has a row"
+        assert sorted(torch.cat([*made.strata(), torch.zeros(0)]).tolist()) == list(range(whole))
+    assert [len(found) * total * size for size in sizes] == [whole * sum(each) for each in zip(*found, strict=True)]
+
+
+def parts(sizes):
+    return torch.arange(sum(sizes)).split(sizes)
+
+
 def test_small_sources_are_those_below_the_average_size():
     assert small_sources({"a": 100, "b": 10, "c": 40}) == {"b", "c"}  # average 50
     assert small_sources({"a": 5, "b": 5}) == set(), "at the average is not below it"
@@ -216,7 +244,8 @@ def test_every_small_row_is_kept_and_the_size_is_right(method):
         )
         assert len(chosen) == keep == len(made) and {12, 13, 14} <= set(chosen.indices.tolist())
         counts = Counter(SOURCES[i] for i in chosen.indices.tolist())
-        assert [counts["big"], counts["large"]] == budgets([12, 5], keep - 3)
+        assert [counts["big"], counts["large"]] == [quota for _, quota in made.groups]
+        assert abs(counts["big"] - 12 / 17 * (keep - 3)) < 1, "the share, rounded up or down"
         assert not made.overflow
 
 
@@ -247,8 +276,13 @@ def test_picks_move_with_the_rows(order):
 
 def test_a_source_of_one_row_and_a_quota_of_none():
     rows = gradients(6, 4)
-    chosen, made = select_batch(rows, ["a", "a", "a", "a", "a", "b"], 2, generator=generator())
-    assert [quota for _, quota in made.groups] == [2, 0] and max(chosen.indices.tolist()) < 5
+    seen = set()
+    for seed in range(20):
+        chosen, made = select_batch(rows, ["a", "a", "a", "a", "a", "b"], 2, generator=generator(seed))
+        quotas = [quota for _, quota in made.groups]
+        assert sum(i < 5 for i in chosen.indices.tolist()) == quotas[0]
+        seen.add(tuple(quotas))
+    assert seen == {(2, 0), (1, 1)}
     chosen, _ = select_batch(rows[:2], ["a", "b"], 2, generator=generator())
     assert chosen.indices.tolist() == [0, 1]
 

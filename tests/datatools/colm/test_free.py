@@ -61,6 +61,22 @@ def test_unknown_rows_get_their_share_of_each_quota_at_random():
     assert whole.indices.tolist() == choose_rows(known, made, method="herding", generator=generator()).indices.tolist()
 
 
+@pytest.mark.parametrize("keep", [3, 6])
+def test_every_row_is_kept_as_often_as_its_share(keep):
+    """Also a single unknown row where less than half of the rows are kept, and a source of one row."""
+    sources = ["web"] * 11 + ["code"] * 4 + ["maths"]
+    features = torch.randn(16, 4, generator=generator())
+    features[[2, 12, 13]] = torch.nan
+    drawn, kept = 3000, torch.zeros(16)
+    for seed in range(drawn):
+        g = generator(seed)
+        made = plan(sources, keep, generator=g)
+        kept[choose_given(features, made, method="random_in_source", generator=g).indices] += 1
+    share = keep / 16
+    error = (share * (1 - share) / drawn) ** 0.5
+    assert (kept / drawn - share).abs().max() < 4 * error
+
+
 def test_weights_give_each_source_its_share_and_are_bounded():
     sources = ["code"] + ["maths"] * 3 + ["web"] * 12
     chosen = Selection(torch.tensor([0, 1, 4, 5]), weights=torch.tensor([1.0, 1.0, 2.0, 1.0]))
@@ -177,6 +193,17 @@ def test_what_trains_nothing_before_the_matrix_is_told(model):
         losses.sum().backward()
     with pytest.raises(DataError, match="no gradient of .* was seen while LlamaForCausalLM trained"):
         seen.taken()
+
+
+def test_expectation_is_that_of_the_large_batch_where_sources_are_rounded_to_nothing(model):
+    """Sources of one row, of which 3 of 8 rows are kept, and one that is kept whole: each row counts 1/8 on average."""
+    colm = CoLM(model, row_losses, keep=3, features="stored", method="random_in_source", small={"rare"}, max_weight=9)
+    total, given, sources = torch.zeros(8), batch(rows=8), ["a", "b", *["c"] * 5, "rare"]
+    for step in range(1500):
+        found = colm(given, sources, step=step, given=torch.zeros(8, 1))
+        assert float(found.weights.sum()) == pytest.approx(3)
+        total[found.indices] += found.weights / 3
+    torch.testing.assert_close(total / 1500, torch.full((8,), 1 / 8), atol=0.02, rtol=0)
 
 
 def test_given_features_are_used_and_asked_for(model):
