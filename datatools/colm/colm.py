@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from datatools.colm import monitor
 from datatools.colm.choice import CORESET_METHODS, choose_rows, rows_called
 from datatools.colm.chosen import Chosen
+from datatools.colm.early import EARLY
 from datatools.colm.exact import EXACT
 from datatools.colm.feature import FeatureKind
 from datatools.colm.given import choose_given
@@ -48,6 +49,7 @@ CORESET_FEATURES: dict[str, FeatureKind] = {
         PAPER_CODE,
         LOGITS,
         ROW_LOSS,
+        EARLY,
         STORED,
         STALE,
     )
@@ -74,7 +76,7 @@ class CoLM(Measuring):
             pass and a backward pass through the last layer; "probes", `probes` derivatives along random directions, for
             forward passes of the last layer only; "paper_code", one direction for the whole run times its central
             difference, the published method, whose features are all collinear; "logits" and "row_loss", for one forward
-            pass; "stored" and "stale", which each call gets (`given`), without a pass. A method that reads logits gets
+            pass; "early", gradients in the model's first quarter, for a part of a pass; "stored" and "stale", which each call gets (`given`), without a pass. A method that reads logits gets
             them in place of gradients.
         method: a name of `CORESET_METHODS`.
         metric: l1, l2 or cosine; used by facility location only.

@@ -128,7 +128,10 @@ class Choosing(Featuring):
         check(self.settings)
         self.trainer = trainer
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise UsageError("coreset: FSDP and DeepSpeed shard the layer that choices read; use DDP or one process")
+            raise UsageError(
+                "coreset: FSDP and DeepSpeed shard the layer that choices read, and gather it in passes that all "
+                "processes run together, while each chooses among rows of its own; use DDP or one process"
+            )
         LastLayer.of(self._bare_model(), self.settings.projection)  # refuse a model before the first step
         self._check_sizes()
         trainer.add_callback(_Clock(self))
@@ -148,6 +151,7 @@ class Choosing(Featuring):
         watch = step % (self.settings.monitor_every * (RARELY if colm.kind.free else 1)) == 0
         if watch and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        kept = self.settings.kept_at(step, self.trainer.state.max_steps, keep=self._keep, large=self._large_batch)
         reduced: list[Any] = []
         watched: list[tuple[Any, list[Hashable], Selection]] = []
         trained = 0
@@ -167,9 +171,7 @@ class Choosing(Featuring):
                 tensors = {key: tensor[live.to(tensor.device)] for key, tensor in tensors.items()}
                 known = {"names": list(range(len(sources)))} | known
                 sources, known = _only(sources, live), {key: _only(rows, live) for key, rows in known.items()}
-            keep = max(
-                1, round(self._keep * len(sources) / self._large_batch)
-            )  # the last batch of an epoch may be smaller
+            keep = max(1, round(kept * len(sources) / self._large_batch))  # the last batch of an epoch may be smaller
             lane = micro if self.group is not None else micro * args.world_size + args.process_index
             chosen = colm(tensors, sources, step=step, lane=lane, keep=min(keep, len(sources)), watch=watch, **known)
             reduced.append(self.kept(batch, Selection(live[chosen.indices], chosen.weights)))

@@ -216,6 +216,11 @@ class _Batches(Choosing):
         self._names: list[Hashable] = []
         if self.source_key is not None:
             data, columns = trainer.train_dataset, getattr(trainer.train_dataset, "column_names", None)
+            if not hasattr(data, "__len__"):
+                raise UsageError(
+                    "coreset: the training data is a stream of rows, whose sources cannot be counted before it ends; "
+                    "use source_key=None, which chooses among all rows of a batch, or a data set with a length"
+                )
             if columns is not None and self.source_key not in columns:
                 raise UsageError(
                     f"coreset: the training data has no column {self.source_key!r}, it has {columns}; name the one "

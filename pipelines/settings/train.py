@@ -1,5 +1,6 @@
 """Settings of `datatools train` and `datatools evaluate`."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -34,6 +35,12 @@ class CoresetConfig(Settings):
         le=1_000_000,
         description="rows that a coreset keeps per step, and trains on; null is training.batch_size",
     )
+    keep_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="how many rows the steps keep: constant is `keep` in all of them; linear and cosine begin with the "
+        "whole large batch and end with `keep` at the last step",
+        json_schema_extra=UNSAID,
+    )
     method: Annotated[
         str, OneOf(partial(names.known, "coreset method")), Flag("--coreset-method", TRAINING, "NAME")
     ] = Field(default="herding", description="how rows are chosen: a name from `datatools ls coresets`")
@@ -42,7 +49,8 @@ class CoresetConfig(Settings):
     ] = Field(
         default="exact",
         description="features of a row: exact, the gradient of the last value projection; probes, derivatives along "
-        "random directions (forward passes only); paper_code, the published estimate; without a pass over the large "
+        "random directions (forward passes only); paper_code, the published estimate; early, gradients in the first "
+        "quarter of the layers, for a part of a pass; without a pass over the large "
         "batch: stored (coreset.store or coreset.refresh_every), and stale, by-products of the row's last step",
     )
     store: Annotated[FilePath | None, Flag("--coreset-store", TRAINING, "FOLDER")] = Field(
@@ -167,6 +175,23 @@ class CoresetConfig(Settings):
         if wrong := self._misfit(keep):
             raise UsageError(f"coreset: {wrong}")
         return keep, 2 * keep if self.large_batch is None else self.large_batch
+
+    def kept_at(self, step: int, steps: int, *, keep: int, large: int) -> int:
+        """Return how many rows of a large batch a step keeps, by the schedule.
+
+        Args:
+            step: The step, counted from 0.
+            steps: The number of steps of the run.
+            keep: The rows that the last step keeps.
+            large: The rows of a large batch.
+
+        Example:
+            >>> [CoresetConfig(keep_schedule="linear").kept_at(t, 5, keep=4, large=12) for t in range(5)]
+            [12, 10, 8, 6, 4]
+        """
+        done = min(1.0, step / max(1, steps - 1))
+        left = {"constant": 0.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return round(keep + (large - keep) * left[self.keep_schedule])
 
     def arguments(self) -> dict[str, Any]:
         """The settings that `datatools.CoLM` takes."""

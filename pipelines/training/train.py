@@ -239,7 +239,10 @@ def _estimate(
         found = cost.probe(module, int(np.median(lengths)))
         rule = cost.recipe_of(config.training, module)
     choose = config.coreset
-    keep = 1.0 if choose is None else choose.sizes(config.training.batch_size)[0] / recipe.batch_size
+    keep = 1.0
+    if choose is not None:
+        least, large = choose.sizes(config.training.batch_size)[0], recipe.batch_size
+        keep = sum(choose.kept_at(t, steps, keep=least, large=large) for t in range(steps)) / (max(1, steps) * large)
     trained = [keep * length for length in lengths]
     seconds = cost.training(found, rule, recipe, trained, saves)
     tokens = sum(lengths) * (recipe.epochs if config.order is None else 1)

@@ -69,6 +69,7 @@ ARMS: dict[str, Arm] = {
     "random": Arm("random rows, small sources whole", {"method": "random_in_source"}),
     "random, even": Arm("random rows, each source by its share", {"method": "random_in_source", "small": []}),
     "exact": Arm("herding, exact (a pass each step)", {}),
+    "early": Arm("herding, early gradients (part of a pass each step)", {"features": "early"}),
     "stored": Arm("herding, stored gradients", GIVEN | EVEN, table="gradients"),
     "stored, expectation": Arm("herding, stored gradients, weighted", GIVEN, table="gradients"),
     "stored, states": Arm("herding, stored hidden states", GIVEN | EVEN, table="states"),
