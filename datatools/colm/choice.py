@@ -119,10 +119,12 @@ def choose_rows(
         memory: features of rows that were chosen lately, floating dtype [m, d], for methods that need them.
 
     Returns:
-        The rows: those that are kept, then those chosen from each large source in the order of the choice.
+        The rows: those that are kept, then those chosen from each large source in the order of the choice. Where all
+        rows of a source are kept, or none, for every source, weights are 1.
 
     Raises:
-        UsageError: if the method or metric is unknown, or the method needs target rows and `wanted` is None.
+        UsageError: if the method or metric is unknown, or the method needs target rows, has a choice to make, and
+            `wanted` is None.
         DataError: if features are not finite; the message names the rows.
 
     Example:
@@ -140,6 +142,8 @@ def choose_rows(
             f"coreset: the features of {rows_called(bad, names)} are not finite ({len(bad)} rows); "
             "check whether their loss is finite, lower the learning rate, or inspect these rows"
         )
+    if not plan.free:  # no method has a choice, and what is kept whole is not weighted
+        return Selection(torch.cat([plan.kept, *(rows[:quota] for rows, quota in plan.groups)]))
     if record.target and wanted is None:
         raise UsageError(f"coreset: {method} compares rows with target rows, and there are none; give them "
                          "(--coreset-target FILE; CoLM.aim)")  # fmt: skip

@@ -76,8 +76,8 @@ class CoLM(Measuring):
             pass and a backward pass through the last layer; "probes", `probes` derivatives along random directions, for
             forward passes of the last layer only; "paper_code", one direction for the whole run times its central
             difference, the published method, whose features are all collinear; "logits" and "row_loss", for one forward
-            pass; "early", gradients in the model's first quarter, for a part of a pass; "stored" and "stale", which each call gets (`given`), without a pass. A method that reads logits gets
-            them in place of gradients.
+            pass; "early", gradients in the model's first quarter, for a part of a pass; "stored" and "stale", which
+            each call gets (`given`), without a pass. A method that reads logits gets them in place of gradients.
         method: a name of `CORESET_METHODS`.
         metric: l1, l2 or cosine; used by facility location only.
         rule: the rule that turns gradients into features: "none", "adam" (betas 0.9 and 0.999, eps 1e-8, with a

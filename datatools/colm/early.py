@@ -26,10 +26,10 @@ _SEED = 20261130
 def early_gradients(model: nn.Module, losses: Loss, batch: Batch, target: Target) -> Float32[Tensor, "b numbers"]:
     """Compute a sketch of each row's gradient in the model without its later layers. Call it inside `evaluating`.
 
-    The model is run with its first quarter of layers, and then its final norm and its head as usual. With hidden states
-    h_t after these layers and the row's loss l, the gradient of a linear map at that place, where it is the identity, is
-    sum_t (dl / dh_t) h_t^T. Its sketch A (.) B^T has the same inner products on average, for A and B with independent
-    normal entries of variance 1 / 32.
+    The model is run with its first quarter of layers, and then its final norm and its head as usual. Let h_t be the
+    hidden states after these layers and l the row's loss. A linear map of these states that is the identity has the
+    gradient G = sum_t (dl / dh_t) h_t^T. The sketch A^T G B has the same inner products on average, for A and B with
+    independent normal entries of variance 1 / 32.
 
     Cost: a quarter of the decoder's forward pass, and a forward and a backward pass through the norm and the head.
 
@@ -59,7 +59,8 @@ def early_gradients(model: nn.Module, losses: Loss, batch: Batch, target: Target
     h, g = seen[-1].detach().float(), found[0].float()
     generator = torch.Generator().manual_seed(_SEED)
     a, b = (torch.randn(h.shape[-1], SIDE, generator=generator).to(h.device) / SIDE**0.5 for _ in range(2))
-    return ((g @ a).mT @ (h @ b)).flatten(1)
+    sketch: Tensor = ((g @ a).mT @ (h @ b)).flatten(1)
+    return sketch
 
 
 @contextmanager

@@ -167,8 +167,9 @@ def coreset(
             raise UsageError(f"keep is {keep}; expected the number of rows to keep of each large batch")
         check(choose)
         if choose.keep_schedule != "constant":
-            raise UsageError("coreset.keep_schedule goes over the steps of a training run, and nothing is trained here; "
-                             "omit it")  # fmt: skip
+            raise UsageError(
+                "coreset.keep_schedule goes over the steps of a training run, and nothing is trained here; omit it"
+            )
         if CORESET_METHODS[choose.method].target:
             raise UsageError(f"{choose.method} compares rows with target rows, which only `datatools train` and "
                              "CoresetMixin read; use another method")  # fmt: skip

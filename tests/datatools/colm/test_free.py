@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from datatools import BY_PRODUCTS, CoLM, DataError, FeatureTable, Selection, UsageError
+from datatools import BY_PRODUCTS, CORESET_METHODS, CoLM, DataError, FeatureTable, Selection, UsageError
 from datatools.colm import correct_expectation, plan
 from datatools.colm.given import choose_given
 from datatools.colm.logits import logit_numbers
@@ -199,11 +199,21 @@ def test_expectation_is_that_of_the_large_batch_where_sources_are_rounded_to_not
     """Sources of one row, of which 3 of 8 rows are kept, and one that is kept whole: each row counts 1/8 on average."""
     colm = CoLM(model, row_losses, keep=3, features="stored", method="random_in_source", small={"rare"}, max_weight=9)
     total, given, sources = torch.zeros(8), batch(rows=8), ["a", "b", *["c"] * 5, "rare"]
+    given["labels"] = given["input_ids"]
     for step in range(1500):
         found = colm(given, sources, step=step, given=torch.zeros(8, 1))
         assert float(found.weights.sum()) == pytest.approx(3)
         total[found.indices] += found.weights / 3
     torch.testing.assert_close(total / 1500, torch.full((8,), 1 / 8), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("features", ["exact", "stale"])
+def test_keeping_every_row_asks_no_method(model, features):
+    """Not even for target rows; and no row is weighted."""
+    for method in CORESET_METHODS:
+        colm = CoLM(model, row_losses, keep=4, features=features, method=method)
+        found = colm(batch(), ["a", "b", "a", "a"], step=0, given=torch.randn(4, 1) if features == "stale" else None)
+        assert sorted(found.indices.tolist()) == [0, 1, 2, 3] and found.weights.tolist() == [1.0] * 4, method
 
 
 def test_given_features_are_used_and_asked_for(model):

@@ -101,6 +101,32 @@ def test_another_trainer_resumes_in_mid_epoch_to_the_same_bits(tmp_path, weighti
     assert again._choosing._colm.state_dict().keys() > {"exp_avg", "exp_avg_sq"}
 
 
+def test_a_schedule_keeps_fewer_and_fewer_rows_also_after_a_resume(tmp_path):
+    """From 6 of 6 rows of each of two micro-batches down to 2, over six steps."""
+    choose = CoresetConfig(keep=2, keep_schedule="linear", method="random_in_source", monitor_every=1)
+    whole, again = (build(tmp_path / name, choose=choose, source_key="kind") for name in "ab")
+    whole.train()
+    kept = [e["kept_rows"] for e in whole.state.log_history if "kept_rows" in e]
+    assert kept == [12, 10, 8, 8, 6, 4]
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert torch.equal(weights(whole), weights(again))
+    cosine = choose.model_copy(update={"keep_schedule": "cosine"})
+    assert [cosine.kept_at(t, 5, keep=4, large=12) for t in range(6)] == [12, 11, 8, 5, 4, 4]
+
+
+def test_a_stream_of_rows_is_chosen_from_without_sources(tmp_path):
+    data = rows_with_sources().to_iterable_dataset()
+    choose = CoresetConfig(keep=3, features="early", monitor_every=1)
+    own = {"data": data, "max_steps": 4, "choose": choose, "source_key": None}
+    whole, again = (build(tmp_path / name, **own) for name in "ab")
+    whole.train()
+    assert [e["kept_rows"] for e in whole.state.log_history if "kept_rows" in e] == [6] * 4
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert torch.equal(weights(whole), weights(again))
+    with pytest.raises(UsageError, match=r"a stream of rows, whose sources cannot be counted.*source_key=None"):
+        build(tmp_path, **own | {"source_key": "kind"})
+
+
 def test_another_trainer_without_a_choice_is_untouched(tmp_path):
     found = []
     everything = {"choose": CoresetConfig(keep=6, monitor_every=1), "source_key": "kind"}
