@@ -166,7 +166,7 @@ def coreset(
         if choose is None or choose.keep is None:
             raise UsageError(f"keep is {keep}; expected the number of rows to keep of each large batch")
         check(choose)
-        if choose.keep_schedule != "constant":
+        if choose.keep_schedule is not None:
             raise UsageError(
                 "coreset.keep_schedule goes over the steps of a training run, and nothing is trained here; omit it"
             )

@@ -35,10 +35,10 @@ class CoresetConfig(Settings):
         le=1_000_000,
         description="rows that a coreset keeps per step, and trains on; null is training.batch_size",
     )
-    keep_schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant",
-        description="how many rows the steps keep: constant is `keep` in all of them; linear and cosine begin with the "
-        "whole large batch and end with `keep` at the last step",
+    keep_schedule: Literal["linear", "cosine"] | None = Field(
+        default=None,
+        description="how many rows the steps keep: linear and cosine begin with the whole large batch and end with "
+        "`keep` at the last step; null is `keep` in all of them",
         json_schema_extra=UNSAID,
     )
     method: Annotated[
@@ -190,7 +190,7 @@ class CoresetConfig(Settings):
             [12, 10, 8, 6, 4]
         """
         done = min(1.0, step / max(1, steps - 1))
-        left = {"constant": 0.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        left = {None: 0.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
         return round(keep + (large - keep) * left[self.keep_schedule])
 
     def arguments(self) -> dict[str, Any]:
