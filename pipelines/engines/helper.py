@@ -49,6 +49,10 @@ def _help(order: dict[str, Any], label: str) -> None:
                 continue
             except following.Enough:
                 break
+            except DatatoolsError:
+                if following.leader_has_inputs():
+                    raise
+                break
     threading.Event().wait()  # for the end of the run
 
 

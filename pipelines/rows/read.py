@@ -26,6 +26,7 @@ from pipelines.rows.ranges import Cut, cut
 from pipelines.rows.row import BadRow, Refused
 from pipelines.rows.scan import Scan, scan_of
 from pipelines.rows.tokens import Tokens
+from pipelines.runs.workers import helps
 
 POLICIES = ("error", "skip", "quarantine")
 
@@ -166,7 +167,8 @@ def index_rows(
     scan = scan_of(pool, gathered)
     if folder is None:
         return Indexed(pool, bad, scan, None)
-    job.clear()
+    if not helps():  # a member may have been started with other files, and the leader reads its own
+        job.clear()
     for old in Path(cache).glob(f"tokens-{folder.name.removeprefix('index-')}-*.bin"):  # of an older version
         files.remove(old)
     return Indexed(

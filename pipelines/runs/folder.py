@@ -96,7 +96,7 @@ class Run:
                     self.provenance = following.join(self.folder)
                 self._keep_threads(self._recorded())
                 if helps():
-                    self.check(_own_facts())
+                    following.compare(self.folder, redaction.hide_all(_own_facts()), self.accept, early=True)
             self._stack = stack.pop_all()
         return self
 
@@ -146,6 +146,8 @@ class Run:
             files.write_text(folder / "run.yaml", self._yaml())
         self.event("continued" if self.resumed else "started", command=self.command)
         self.report_progress(state="running")
+        if not self.accept:  # otherwise files may be set aside while the inputs are recorded
+            following.welcome(folder)
 
     def refuse(self) -> None:
         """Raise the errors that entering the folder would raise, as far as the folder alone shows them; writes nothing.

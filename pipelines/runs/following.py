@@ -1,9 +1,9 @@
 """What a member of a team reads of the run that another process leads, and how it waits for that process.
 
-The run folder is the only channel. The leader holds the lock of the folder; when it has read and recorded its inputs,
-it writes `workers/ready.json` with the name of its lock. A member compares its own code and inputs with the leader's
-records before it computes anything. When the lock is free, the leader has ended: `Orphaned` takes the member back to
-`pipelines.engines`, where it may take the lead.
+The run folder is the only channel. The leader holds the lock of the folder; when it has opened the run, it writes
+`workers/ready.json` with the name of its lock, so that the others index rows with it. A member compares its own code
+and inputs with the leader's records before it computes anything else. When the lock is free, the leader has ended:
+`Orphaned` takes the member back to `pipelines.engines`, where it may take the lead.
 """
 
 import time
@@ -25,11 +25,16 @@ SHORTEST, LONGEST = 0.05, 0.5
 """The first and the longest pause of a process that waits for others, in seconds."""
 
 _READY = "ready.json"
+_INPUTS = "inputs"
+"""What the leader has reached when it has recorded its inputs."""
 _PATIENCE = 5
 """How often a record is read again that the leader replaces at the same moment."""
 
 _leader: str | None = None
 """The holder of the run's lock that this member has joined, or this process itself."""
+
+_welcomed: Path | None = None
+"""The folder of the run that this process leads, between `welcome` and `begin`."""
 
 _marks: list[str] = []
 """What this leader has reached."""
@@ -46,20 +51,36 @@ class Enough(Exception):
     """All shared work is done; the leader does the rest."""
 
 
+def welcome(folder: Path) -> None:
+    """In the leader of a team, let the others read the inputs too: the run is open, and its code is recorded.
+
+    Args:
+        folder: The folder of the run.
+    """
+    global _leader, _welcomed
+    if (one := member()) is None or not one.leads:
+        return
+    _leader, _welcomed = files.holder(folder), folder
+    _marks.clear()
+    files.make_folder(folder / WORKERS)
+    _earlier.clear()
+    _earlier.update(path.name for path in (folder / WORKERS).glob("*.jsonl"))
+    _write_marks(folder)
+
+
 def begin(folder: Path) -> None:
     """In the leader of a team, let the others begin: the inputs of this run are read and recorded.
 
     Args:
         folder: The folder of the run.
     """
-    global _leader
+    global _welcomed
     if (one := member()) is None or not one.leads:
         return
-    _leader = files.holder(folder)
-    _marks.clear()
-    files.make_folder(folder / WORKERS)
-    _earlier.clear()
-    _earlier.update(path.name for path in (folder / WORKERS).glob("*.jsonl"))
+    if _welcomed != folder:
+        welcome(folder)
+    _welcomed = None
+    _marks.append(_INPUTS)
     _write_marks(folder)
 
 
@@ -104,8 +125,20 @@ def reached(what: str) -> None:
         _write_marks(folder)
 
 
+def leader_has_inputs() -> bool:
+    """Wait, in a member that has failed, until the leader has recorded its inputs; False if it ended before.
+
+    Whatever is wrong with the rows is wrong for all members, and the leader alone reports it.
+    """
+    try:
+        reached(_INPUTS)
+    except Orphaned:
+        return False
+    return True
+
+
 def join(folder: Path) -> dict[str, Any]:
-    """Wait until the leader of a run has read its inputs, and return the run's provenance.
+    """Wait until the leader of a run lets others in, and return the run's provenance.
 
     Args:
         folder: The folder of the run.
@@ -135,17 +168,22 @@ def _provenance(folder: Path) -> dict[str, Any]:
     return found
 
 
-def compare(folder: Path, facts: Mapping[str, Json], accept: tuple[str, ...]) -> None:
+def compare(folder: Path, facts: Mapping[str, Json], accept: tuple[str, ...], *, early: bool = False) -> None:
     """Refuse to help if code, libraries, model or rows differ from the leader's.
 
     Args:
         folder: The folder of the run.
         facts: The facts of this process, by group.
         accept: Groups that may differ.
+        early: Whether the leader records these facts when it opens the run; it records others with its inputs, for
+            which this waits.
 
     Raises:
         DataError: A fact differs; the message names it and both values.
+        Orphaned: The leader ended before it had recorded its inputs.
     """
+    if not early:
+        reached(_INPUTS)
     recorded = _provenance(folder)["facts"]
     odd = []
     for group, value in facts.items():

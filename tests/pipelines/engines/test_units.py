@@ -122,3 +122,48 @@ def test_a_member_that_sees_something_else_is_refused_by_name(run, facts, named)
             following.compare(run, facts, ())
         following.compare(run, facts, tuple(facts))
         following.compare(run, {"another": 1}, ())
+
+
+def test_members_read_while_the_leader_reads_and_are_compared_when_it_has(tmp_path):
+    """`welcome` lets them in; what they have read is compared with what the leader records later."""
+    facts = {"data": {"p.jsonl": "1"}}
+    with files.lock_folder(tmp_path), workers.acting_as(workers.Member("leader", 0, 2, leads=True)):
+        current.opened(tmp_path)
+        files.write_json(tmp_path / "provenance.json", {"facts": {}})
+        following.welcome(tmp_path)
+        pid = os.fork()
+        if pid == 0:
+            code = 9
+            try:
+                with workers.acting_as(workers.Member("helper", 1, 2, leads=False)):
+                    following.join(tmp_path)
+                    (tmp_path / "joined").touch()
+                    try:
+                        following.compare(tmp_path, {"data": {"p.jsonl": "2"}}, ())
+                    except DataError:
+                        code = 0 if (tmp_path / "recorded").exists() and following.leader_has_inputs() else 8
+            finally:
+                os._exit(code)
+        while not (tmp_path / "joined").exists():
+            time.sleep(0.01)
+        files.write_json(tmp_path / "provenance.json", {"facts": facts})
+        (tmp_path / "recorded").touch()
+        following.begin(tmp_path)
+        assert os.waitpid(pid, 0)[1] == 0
+    current.opened(None)
+
+
+def test_a_member_that_fails_on_the_rows_leaves_the_report_to_the_leader(run):
+    """The leader ends before it has recorded its inputs, by the same bad row."""
+    following.welcome(run)
+    pid = os.fork()
+    if pid == 0:
+        code = 9
+        try:
+            with workers.acting_as(workers.Member("helper", 1, 2, leads=False)):
+                following.join(run)
+                (run / ".lock").unlink()
+                code = 8 if following.leader_has_inputs() else 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
