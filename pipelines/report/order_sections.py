@@ -27,7 +27,7 @@ def plan_view(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "sentence": found["sentence"],
         "worth_it": found["worth_it"],
         "mixed": found["proposed"] == "sources mixed",
-        "clear": found["clear"],
+        "clear_pairs": found["clear"],
         "pairs": found["pairs"],
         "cost": number(found["cost_in_batch_gradients"] / found["retraining_in_batch_gradients"], 3),
         "anchors": len(found["anchors"]),
