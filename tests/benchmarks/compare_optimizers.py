@@ -251,7 +251,7 @@ def report(out: Path, outcomes: Sequence[Outcome], steps: int) -> None:
     extra = "".join(f"; {name} with {key} = {value:g}" for name, h in HYPER.items() for key, value in h.items())
     page = Environment(autoescape=True).from_string(PAGE.read_text())
     html = page.render(
-        css=Markup((REPOSITORY / "pipelines/templates/report.css").read_text()),
+        css=Markup((REPOSITORY / "pipelines/report/templates/report.css").read_text()),
         rows=rows, runs=len(outcomes), ticks=charts.ticks(scale), top=number(scale.high, 3), steps=steps, batch=BATCH,
         parameters=f"{sum(p.numel() for p in model_of(0).parameters()):,}", tokens=f"{steps * BATCH * LENGTH:,}",
         decay=DECAY, extra=extra,
