@@ -204,13 +204,20 @@ def _scored(features: Features, target: Tensor, remove: Tensor | None) -> Iterat
                 f"features of train (dim {rows.shape[1]}) and target (dim {target.shape[1]}) were "
                 "projected differently; extract one of them again"
             )
-        bad = torch.tensor([state != "ok" for state in status], dtype=torch.bool)
-        yield keys, _unit(keys, rows.masked_fill(bad[:, None], 0.0), "train features", remove) @ target.T
+        if isinstance(features, GradientFeatures):  # whose rows are unit rows, or zeros if they are not "ok"
+            unit = rows if remove is None else _rest(rows, remove)
+        else:
+            bad = torch.tensor([state != "ok" for state in status], dtype=torch.bool)
+            unit = _unit(keys, rows.masked_fill(bad[:, None], 0.0), "train features", remove)
+        yield keys, unit @ target.T
+
+
+_CACHED = 16 << 20  # bytes of float32 rows that stay in a processor's cache between decoding and product
 
 
 def _blocks(features: Features) -> Iterator[Block]:
     if isinstance(features, GradientFeatures):
-        yield from features.iter_blocks()
+        yield from features.iter_blocks(min(4096, max(32, _CACHED // (4 * features.dim))))
     elif isinstance(features, Tensor):
         n = len(features)
         yield [str(i) for i in range(n)], features, features.norm(dim=1), ["ok"] * n
@@ -224,8 +231,11 @@ def _unit(keys: Sequence[str], rows: Tensor, what: str, remove: Tensor | None) -
     require_finite(rows, keys, what)
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     unit = rows / torch.where(length > 0, length, 1.0)
-    if remove is None:
-        return unit
+    return unit if remove is None else _rest(unit, remove)
+
+
+def _rest(unit: Tensor, remove: Tensor) -> Tensor:
+    """Return unit rows without their part in the removed directions, as unit rows or zeros."""
     rest = without(unit, remove)
     length = torch.linalg.vector_norm(rest, dim=1, keepdim=True)
     return torch.where(length > ROUNDING, rest / length, 0.0)

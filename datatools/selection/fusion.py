@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from datatools import large
 from datatools.errors import UsageError
 from datatools.stats import ranks
 
@@ -44,21 +45,29 @@ def fuse(signals: Sequence[Float[Tensor, "n m"]], weights: Sequence[float] | Non
     if len(given) != len(signals) or min(given) < 0 or not 0 < sum(given) < float("inf"):
         raise UsageError(f"fuse: weights {given} of {len(signals)} signals; give one per signal, at least 0, not all 0")
     shape = signals[0].shape
-    fused = torch.zeros(shape)
+    fused = large.table(*shape)
     for signal, weight in zip(signals, given, strict=True):
         if signal.shape != shape:
             raise UsageError(f"fuse: signals of shapes {tuple(shape)} and {tuple(signal.shape)}; they must be alike")
         if weight:
-            fused += weight / sum(given) * _shares(signal.float())
+            _add_shares(fused, signal, weight / sum(given))
     return fused
 
 
-def _shares(signal: Tensor) -> Tensor:
-    """The rank of each row in its column, as a share of the rows with a value; NaN stays NaN."""
-    found = torch.full_like(signal, float("nan"))
-    for j in range(signal.shape[1]):
-        there = ~signal[:, j].isnan()
-        if there.any():
-            place = torch.from_numpy(ranks(signal[there, j].numpy())).float()
-            found[there, j] = place / int(there.sum())
-    return found
+def _add_shares(fused: Tensor, signal: Tensor, weight: float) -> None:
+    """Add weight times the rank of each row in its column, as a share of the rows with a value; NaN stays NaN.
+
+    Columns of a matrix that is too large for memory are read some at a time, so that each pass over it serves many.
+    """
+    n, m = signal.shape
+    step = max(1, min(m, large.LARGE // (4 * max(1, n))))
+    for first in range(0, m, step):
+        columns = torch.empty(min(step, m - first), n)
+        for rows in large.blocks(signal):
+            columns[:, rows] = signal[rows, first : first + step].T.float()
+        for column in columns:
+            there = ~column.isnan()
+            place = torch.from_numpy(ranks(column[there].numpy())).float()
+            column[there] = place / max(1, len(place))
+        for rows in large.blocks(fused):
+            fused[rows, first : first + step] += weight * columns[:, rows].T

@@ -1,7 +1,7 @@
 """A Jinja chat template, rendered in the sandbox of transformers in a process with limits."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +10,7 @@ from pipelines.rows.chat.marks import CLOSE, OPEN, mark_of
 from pipelines.rows.chat.messages import for_template
 from pipelines.rows.chat.process import SECONDS, asked_as, worker
 from pipelines.rows.chat.refusals import RowError, TooSlow
-from pipelines.rows.formats.contents import strings
+from pipelines.rows.formats.contents import characters
 from pipelines.rows.formats.shape import Message
 from pipelines.rows.jsonl import shown
 
@@ -47,6 +47,13 @@ _STRFTIME = (
 )
 
 
+def _key(written: Sequence[Message], tools: Sequence[Any], template: str | None) -> Hashable:
+    """Return what identifies a rendering of plain turns, at less cost than its request; None if it is not plain."""
+    if tools or not all(value is None or type(value) is str for message in written for value in message.values()):
+        return None
+    return template, tuple(tuple(message.items()) for message in written)
+
+
 class Renderer:
     """Renders one template with the special tokens of its tokenizer.
 
@@ -61,7 +68,7 @@ class Renderer:
         self.text = _STRFTIME + template if "strftime_now" in template else template
         self.has_blocks = _GENERATION.search(template) is not None
         self.with_marked_blocks = lru_cache(maxsize=2)(self._mark_blocks)
-        self._ahead: dict[bytes, tuple[str, str]] = {}  # requests -> results
+        self._ahead: dict[Hashable, tuple[int, str, str]] = {}  # what was asked -> limit and result
         self._slow = 0  # the number of rows for which the template took too long
 
     def render(
@@ -86,9 +93,16 @@ class Renderer:
         """
         if not written:
             raise RowError("template_refuses", "a conversation without a turn")
-        limit, arguments = self._request(written, tools, template, add_generation_prompt)
-        asked = asked_as(limit, arguments)
-        kind, text = self._ahead.pop(asked) if asked in self._ahead else worker.render(limit, arguments)
+        key = None if add_generation_prompt else _key(written, tools, template)
+        if key is not None and key in self._ahead:
+            limit, kind, text = self._ahead.pop(key)
+        else:
+            limit, arguments = self._request(written, tools, template, add_generation_prompt)
+            asked = asked_as(limit, arguments)
+            if asked in self._ahead:
+                limit, kind, text = self._ahead.pop(asked)
+            else:
+                kind, text = worker.render(limit, arguments)
         if kind == "invalid":
             raise DataError(f"the chat template {self._name} is not valid: {text}")
         if kind == "slow":
@@ -113,19 +127,34 @@ class Renderer:
         Args:
             wanted: Messages, definitions of tools, and the template text, as in `render`.
         """
-        requests = [self._request(written, tools, template, False) for written, tools, template in wanted if written]
-        asked = [asked_as(limit, arguments) for limit, arguments in requests if limit <= _LARGE]
+        asked: list[tuple[Hashable, int, bytes]] = []
+        special = self._special()
+        for written, tools, template in wanted:
+            if written:
+                limit, arguments = self._request(written, tools, template, False, special)
+                if limit <= _LARGE:
+                    request = asked_as(limit, arguments)
+                    asked.append((_key(written, tools, template) or request, limit, request))
         self._ahead = {}
         for start in range(0, len(asked), _TOGETHER):
             some = asked[start : start + _TOGETHER]
-            self._ahead.update(zip(some, worker.render_all(some), strict=False))
+            results = worker.render_all([request for _, _, request in some])
+            for (key, limit, _), (kind, text) in zip(some, results, strict=False):
+                self._ahead[key] = limit, kind, text
+
+    def _special(self) -> dict[str, str]:
+        return {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
 
     def _request(
-        self, written: Sequence[Message], tools: Sequence[Any], template: str | None, add_generation_prompt: bool
+        self,
+        written: Sequence[Message],
+        tools: Sequence[Any],
+        template: str | None,
+        add_generation_prompt: bool,
+        special: dict[str, str] | None = None,
     ) -> tuple[int, dict[str, Any]]:
         """Return the maximum number of characters, and the arguments of transformers' `render_jinja_template`."""
-        limit = _TEMPLATE_BYTES * (len(written) + 1) + 4 * sum(map(len, strings([list(written), list(tools)])))
-        special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+        limit = _TEMPLATE_BYTES * (len(written) + 1) + 4 * characters([list(written), list(tools)])
         return limit, {
             "conversations": [[for_template(message) for message in written]],
             "tools": list(tools) or None,
@@ -134,7 +163,7 @@ class Renderer:
             "return_assistant_tokens_mask": False,
             "continue_final_message": False,
             "add_generation_prompt": add_generation_prompt,
-            **special,
+            **(self._special() if special is None else special),
         }
 
     def _mark_blocks(self, window: int) -> str:

@@ -53,6 +53,19 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
+def characters(value: Any) -> int:
+    """Return how long the `strings` of nested lists and objects are together.
+
+    Args:
+        value: The nested value.
+    """
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict) or (not isinstance(value, list | tuple) and isinstance(value, Mapping)):
+        return sum([len(str(key)) + characters(item) for key, item in value.items()])
+    return sum(map(characters, value)) if isinstance(value, list | tuple) else 0
+
+
 def visible(text: str) -> bool:
     """Return whether a text is visible. Spaces, controls, format characters, fillers and variation selectors are not.
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datatools import UsageError, fuse
+from datatools import UsageError, fuse, large
 
 
 def counted(signal, i, j):
@@ -52,3 +52,11 @@ def test_fuse_leaves_rows_without_a_value_out():
 def test_fuse_refuses(signals, weights, said):
     with pytest.raises(UsageError, match=said):
         fuse(signals, weights)
+
+
+def test_fuse_of_matrices_in_files_is_the_same(monkeypatch):
+    signals = [torch.randn(30, 5).round(decimals=1), torch.randn(30, 5)]
+    signals[0][3, 2] = float("nan")
+    whole = fuse(signals, [1, 2])
+    monkeypatch.setattr(large, "LARGE", 4 * 30 * 2)  # two columns at a time, some rows at a time
+    torch.testing.assert_close(fuse(signals, [1, 2]), whole, rtol=0, atol=0, equal_nan=True)
