@@ -20,7 +20,7 @@ def index(path, cache, processes=1):
         [path], OPTIONS, cache=cache, encoder=encoder("chatml", 40), label="pool", workers=processes,
         on_bad_row="skip",
     )  # fmt: skip
-    parts = {file.name: file.read_bytes() for file in (cache / "index-pool").iterdir()}
+    parts = {file.name: file.read_bytes() for file in (cache / "index-pool").glob("*.arrow")}
     return found, parts
 
 
