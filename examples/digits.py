@@ -272,4 +272,4 @@ def main(out: Path = Path("digits.html"), seeds: int = 3, steps: int = 150, coun
 
 
 if __name__ == "__main__":
-    main()
+    page.run(main)

@@ -3,11 +3,13 @@
 Everything is inline: the page opens without a network, in light and dark mode, and on a phone.
 """
 
+import argparse
 import base64
 import html
+import inspect
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -106,6 +108,19 @@ def write(path: Path, title: str, sections: Mapping[str, Sequence[str]]) -> None
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{body}</html>",
         encoding="utf-8",
     )
+
+
+def run(main: Callable[..., None]) -> None:
+    """Call `main` with what the command line says: each argument that is a number or a path is an option."""
+    parser = argparse.ArgumentParser(
+        description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    for name, one in inspect.signature(main).parameters.items():
+        if isinstance(one.default, int):
+            parser.add_argument(f"--{name}", type=int, default=one.default, metavar="N", help=f"the number of {name}")
+        elif isinstance(one.default, Path):
+            parser.add_argument(f"--{name}", type=Path, default=one.default, metavar="FILE", help="the page to write")
+    main(**vars(parser.parse_args()))
 
 
 def _figure(caption: str, inside: str, width: int, height: int) -> str:

@@ -15,6 +15,7 @@ from pipelines.engines.share import Share
 from pipelines.models.losses import losses_for, row_losses, seen_parameters
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.provenance import peak_rss_bytes
+from pipelines.select import parameters
 from pipelines.select.race import Race
 from pipelines.select.scored import Context
 from pipelines.select.scorer import scorer
@@ -110,7 +111,10 @@ def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[
     method: Any = context.config.features.method
     losses = losses_for(method)
     with torch.random.fork_rng(devices=[]), _as_trained(context) if backward else nullcontext(loaded.model) as module:
-        names = seen_parameters(module, checkpoints.trainable(module), method) if backward else []
+        names: list[str] = []
+        if backward:
+            seen = seen_parameters(module, checkpoints.trainable(module), method)
+            names = parameters.chosen(seen, context.config.features)
         kept = cost.saved(module, batch) / batch["input_ids"].numel() if backward else 0.0
         for _ in range(samples):
             begin = time.perf_counter()

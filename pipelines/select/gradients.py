@@ -27,7 +27,7 @@ from pipelines.models.losses import answer_losses_for, losses_for, seen_paramete
 from pipelines.rows.rows import Rows
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.progress import progress
-from pipelines.select import objectives
+from pipelines.select import objectives, parameters
 from pipelines.select.scored import Context, common_rows, unique_among
 from pipelines.select.scorer import Work
 from pipelines.select.stores import FEATURE_VERSION, filling, job_of, open_store, tokens_of
@@ -102,7 +102,7 @@ def _features(
             base=loaded.model,
         )
         params = {name: p for name, p in module.named_parameters() if name in state.params}
-        names = seen_parameters(module, params, config.features.method)
+        names = parameters.chosen(seen_parameters(module, params, config.features.method), config.features)
         coverage = _coverage(params, names, config)
         if config.features.adam_mode == "code" and (text := checkpoints.epsilon_warning(state)):
             run.warnings.append(text)

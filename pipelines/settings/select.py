@@ -75,6 +75,22 @@ class FeaturesConfig(Settings):
             json_schema_extra=UNSAID,
         )
     )
+    layers: (
+        Annotated[str, Field(pattern="^(first|middle|last)-[1-9][0-9]{0,3}$")]
+        | Annotated[list[Annotated[int, Field(ge=-10_000, le=10_000)]], Field(min_length=1, max_length=10_000)]
+        | None
+    ) = Field(
+        default=None,
+        description="the layers whose gradients become features: first-4, middle-4, last-4 (any number), or a list of "
+        "layers, where -1 is the last; null is every trained parameter",
+        json_schema_extra=UNSAID,
+    )
+    modules: Annotated[Names, Field(min_length=1)] | None = Field(
+        default=None,
+        description="the modules whose gradients become features, by a part of their names, such as "
+        "[v_proj, o_proj] or mlp; null is every trained parameter",
+        json_schema_extra=UNSAID,
+    )
     layer: int = Field(
         default=-1,
         ge=-10_000,

@@ -8,8 +8,10 @@ import torch
 
 import optim
 from datatools import DataError, files
+from pipelines.select import explain, parameters
 from pipelines.select import run as select
 from pipelines.settings.dump import dump
+from pipelines.settings.explain import ExplainConfig
 from pipelines.settings.parts import DataConfig, ModelConfig
 from pipelines.settings.select import FeaturesConfig, ProjectorConfig, WarmupConfig
 from tests.pipelines.select.looking import hashes, ids, outcome, scores
@@ -28,6 +30,51 @@ def test_forms_of_adam_s_update(first, world, tmp_path, mode):
     warned = [text for text in summary["warnings"] if "adam_mode=code" in text]
     assert bool(warned) == (mode == "code"), "the epsilon of the published code drowns this small second moment"
     assert hashes(run / "warmup")["checkpoint-8/optimizer.pt"] == hashes(first / "warmup")["checkpoint-8/optimizer.pt"]
+
+
+NAMES = [
+    "embed.weight",
+    *(f"layers.{i}.{p}.weight" for i in range(5) for p in ("attn.q_proj", "attn.v_proj", "mlp.up")),
+]
+
+
+@pytest.mark.parametrize(
+    "layers, modules, kept",
+    [
+        ("last-2", None, NAMES[10:]),
+        ("middle-1", None, NAMES[7:10]),
+        ("middle-2", None, NAMES[4:10]),
+        ("first-1", ["mlp"], [NAMES[3]]),
+        ([0, -1], ["v_proj", "up"], [NAMES[2], NAMES[3], NAMES[14], NAMES[15]]),
+        (None, ["attn.q_proj", "embed"], [NAMES[0], *NAMES[1::3]]),
+        (None, None, NAMES),
+    ],
+)
+def test_layers_and_modules_of_features(layers, modules, kept):
+    assert parameters.chosen(NAMES, FeaturesConfig(layers=layers, modules=modules)) == kept
+
+
+@pytest.mark.parametrize(
+    "names, asked, said",
+    [
+        (NAMES, {"layers": "last-6"}, "features.layers=last-6: features cover 5 layers"),
+        (NAMES, {"layers": [1, 7]}, r"layer 7 has no parameter that features cover; the layers are 0, 1, 2, 3, 4"),
+        (NAMES, {"layers": [-6]}, r"layer -1 has no parameter"),
+        (NAMES, {"modules": ["v_proj", "proj"]}, "in a module 'proj'; the parts .* are attn, embed"),
+        (NAMES[:1], {"layers": "last-1"}, r"no parameter .* has the number of a layer in its name"),
+    ],
+)  # fmt: skip
+def test_layers_and_modules_that_are_not_there(names, asked, said):
+    with pytest.raises(DataError, match=said):
+        parameters.chosen(names, FeaturesConfig(**asked))
+
+
+def test_a_selection_by_some_layers_says_so_and_explains_with_them(world, tmp_path):
+    features = FeaturesConfig(layers="last-1", modules=["v_proj"])
+    run = select.run(small(world, tmp_path / "run").model_copy(update={"features": features}))
+    assert "layers: last-1" in (run / "run.yaml").read_text()
+    shown = explain.run(ExplainConfig(file=run / "selected.jsonl", line=1, nearest=1))["layers"]
+    assert shown and all("v_proj" in one["layer"] for one in shown)
 
 
 def small(world, out, **warmup):
@@ -146,7 +193,8 @@ def test_a_run_waits_for_the_one_that_fills_the_shared_features(first, world, tm
         import sys, time
         from pathlib import Path
         import pipelines.select.gradients
-        from pipelines.select import run as select
+        from pipelines.select import explain, parameters
+from pipelines.select import run as select
         from pipelines.settings.select import SelectConfig
         from pipelines.settings.load import load_config
         here, inner = Path(sys.argv[1]), pipelines.select.gradients.extract
