@@ -6,7 +6,8 @@ trusted, and completed by `loop` for the parameters that it cannot cover. `vmap`
 can transform.
 
 All methods need independent rows: the loss of row i may depend only on row i. Batch normalization by the statistics of
-the batch is refused. The module must be in eval mode, because dropout would make gradients random; this is checked.
+the batch is refused, and so is a loss that differs between a row alone and the same row in a batch, or between two
+passes (`checks.py`). The module must be in eval mode, because dropout would make gradients random; this is checked.
 Source: Goodfellow 2015, arXiv 1510.01799 (per-sample gradients from one backward pass).
 """
 
@@ -23,6 +24,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from datatools.gradients.checks import (
+    TOLERANCE,
+    buffer_versions,
+    check_loss_is_repeatable,
+    check_modules,
+    check_rows_are_independent,
+    first_line,
+    gradients_of,
+    hidden_parameters,
+    is_of_checkpointing,
+    precision_of,
+)
 from datatools.gradients.factors import TakeFactors
 from datatools.gradients.hooks import visit_by_hooks
 from datatools.gradients.rows import Layouts
@@ -39,9 +52,9 @@ def per_sample_grads(
     gradients. `hooks` computes linear layers, convolutions and their transposes, embeddings, norms, biases, elementwise
     factors, experts, adapters and tensors derived from parameters in that one pass, and repeats any other operation row
     by row. Parameters whose operation has no rows that it can find use `loop`, and a warning names them once per
-    module. The first call for a module, a loss and a set of names takes two more passes over one row, which
-    verify `hooks` against the definition. Memory: b gradients; use `visit_per_sample_grads` to hold one layer at a
-    time.
+    module. The first call for a module, a loss and a set of names takes three more passes over one row and a
+    forward pass over the batch, which verify `hooks` against the definition and that rows are independent. Memory: b
+    gradients; use `visit_per_sample_grads` to hold one layer at a time.
 
     Args:
         loss: (module, batch) -> losses, floating dtype [b].
@@ -54,7 +67,8 @@ def per_sample_grads(
         Name -> gradients [b, *shape], in the dtype of the parameter.
 
     Raises:
-        ValueError: if a parameter is unknown, the module is in training mode, or the loss is not one value per row.
+        ValueError: if a parameter is unknown, the module is in training mode, the loss is not one value per row, or
+            depends on other rows or on earlier passes.
 
     Example:
         >>> module = nn.Linear(2, 1, bias=False).eval()
@@ -117,7 +131,7 @@ def visit_per_sample_grads(
         raise ValueError(
             f"per-sample gradients: the module has no parameter {missing[0]!r} ({len(missing)} unknown names)"
         )
-    _check_rows_are_independent(module)
+    check_modules(module)
     if training := [name for name, child in module.named_modules() if child.training]:
         raise ValueError(
             f"per-sample gradients: {len(training)} modules are in training mode (first: {training[0]!r}); "
@@ -131,18 +145,6 @@ def visit_per_sample_grads(
         if method == "vmap":
             return _visit_by_vmap(loss, module, batch, {name: known[name] for name in names}, visit)
     raise ValueError(f"per-sample gradients: unknown method {method!r}; choose hooks, loop or vmap")
-
-
-def _check_rows_are_independent(module: nn.Module) -> None:
-    """Refuse modules that normalize by the statistics of a batch."""
-    for name, child in module.named_modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None):
-            why = "is in training mode" if child.training else "has no running statistics"
-            remedy = "call module.eval()" if child.training else "set track_running_stats=True, or use GroupNorm"
-            raise ValueError(
-                f"per-sample gradients: {type(child).__name__} {name!r} {why}, so that it normalizes by the statistics "
-                f"of the batch and rows depend on each other; {remedy}"
-            )
 
 
 @contextmanager
@@ -166,6 +168,8 @@ class _Known:
     checked: set[frozenset[str]] = field(default_factory=set)
     elsewhere: dict[str, str] = field(default_factory=dict)
     """Parameters for which `hooks` did not agree with the definition, with the reason."""
+    independent: bool = False
+    """Whether the loss of a row was found to be the same alone and in a batch."""
 
 
 _ANNOUNCED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -188,37 +192,67 @@ def _visit_by_hooks(
 ) -> Tensor:  # fmt: skip
     known = _known(loss, module)
     if frozenset(params) not in known.checked:
+        known.elsewhere |= dict.fromkeys(hidden_parameters(module) & set(params), "its module is a TorchScript module")
         _check(loss, module, batch, params, known)
         known.checked.add(frozenset(params))
+    if not known.independent and size_of(batch) > 1:
+        check_rows_are_independent(loss, module, batch)
+        known.independent = True
     fast = [name for name in params if name not in known.elsewhere]
-    losses, refused = visit_by_hooks(loss, module, batch, fast, visit, known.layouts, take, above)
+    visited: list[str] = []
+
+    def noted(name: str, grads: Tensor) -> None:
+        visited.append(name)
+        visit(name, grads)
+
+    try:
+        losses, refused = visit_by_hooks(loss, module, batch, fast, noted, known.layouts, take, above)
+    except (RuntimeError, AssertionError) as error:  # torch.compile may fail on some shapes only
+        if visited or not fast or isinstance(error, torch.OutOfMemoryError):
+            raise
+        refused = dict.fromkeys(fast, f"one pass for the whole batch fails ({first_line(error)})")
+        losses = torch.empty(0)
     slow = {name: why for name, why in {**known.elsewhere, **refused}.items() if name in params}
     if slow:
         _announce(slow, len(params), _ANNOUNCED.setdefault(module, set()))
-        _visit_by_loop(loss, module, batch, {name: params[name] for name in params if name in slow}, visit)
+        alone = _visit_by_loop(loss, module, batch, {name: params[name] for name in params if name in slow}, visit)
+        losses = losses if len(losses) else alone
     return losses
 
 
 def _check(loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], known: _Known) -> None:
     """Compare `hooks` with the definition on the last row; parameters that differ use `loop` from now on."""
     row = {key: tensor[-1:] for key, tensor in batch.items()}
+    try:
+        known.elsewhere |= _differences(loss, module, row, params, known)
+    except ValueError:
+        raise
+    except Exception as error:  # such as nested torch.func transforms; what is wrong with the loss itself fails again
+        why = "gradient checkpointing hides its operation" if is_of_checkpointing(error) else first_line(error)
+        known.elsewhere |= dict.fromkeys(params, f"one pass for the whole batch fails ({why})")
+
+
+def _differences(
+    loss: Loss, module: nn.Module, row: Batch, params: dict[str, nn.Parameter], known: _Known
+) -> dict[str, str]:
+    """Return the parameters for which `hooks` and the definition differ on one row, each with the reason."""
     found: dict[str, Tensor] = {}
     wanted: dict[str, Tensor] = {}
-    visit_by_hooks(loss, module, row, list(params), found.__setitem__, known.layouts)
+    versions = buffer_versions(module)
+    losses, _ = visit_by_hooks(loss, module, row, list(params), found.__setitem__, known.layouts)
     if not found:
-        return
-    _visit_by_loop(loss, module, row, {name: params[name] for name in found}, wanted.__setitem__)
+        return {}
+    again = _visit_by_loop(loss, module, row, {name: params[name] for name in found}, wanted.__setitem__)
+    precision = precision_of(module)
+    check_loss_is_repeatable(losses, again.reshape(1), module, versions, precision)
     norms = {name: float(grad.double().norm()) for name, grad in wanted.items()}
-    precision = max(torch.finfo(p.dtype).eps for p in module.parameters() if p.is_floating_point())
-    precision = max(precision, torch.finfo(torch.float32).eps)  # parts of a float64 model may compute in float32
+    different = {}
     for name, grad in found.items():
         off = float((grad.double() - wanted[name].double()).norm())
-        limit = _TOLERANCE * precision**0.5 * norms[name] + 4 * precision * max(norms.values())
+        limit = TOLERANCE * precision**0.5 * norms[name] + 4 * precision * max(norms.values())
         if off > limit:  # False if the row is not finite
-            known.elsewhere[name] = "one backward pass for the batch does not give its gradient"
-
-
-_TOLERANCE = 3.0  # times the root of the precision: 0.001 in float32 and float64, 0.26 in bfloat16; real errors are ~1
+            different[name] = "one backward pass for the batch does not give its gradient"
+    return different
 
 
 def _announce(slow: Mapping[str, str], among: int, announced: set[str]) -> None:
@@ -245,9 +279,7 @@ def _visit_by_loop(
         for i in range(size_of(batch)):
             value = loss(module, {key: tensor[i : i + 1] for key, tensor in batch.items()}).sum()
             used = value.requires_grad  # False if the loss uses none of the parameters
-            found = (
-                torch.autograd.grad(value, list(params.values()), allow_unused=True) if used else [None] * len(params)
-            )
+            found = gradients_of(value, list(params.values())) if used else [None] * len(params)
             for (name, p), grad in zip(params.items(), found, strict=True):
                 grads[name].append(torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad)
             losses.append(value.detach())
@@ -284,7 +316,13 @@ def _visit_by_vmap(
     detached = {name: p.detach() for name, p in params.items()}
     with warnings.catch_warnings():  # torch warns each time it loops over an operation that it cannot batch
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        grads, losses = torch.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0))(detached, dict(batch))
+        try:
+            grads, losses = torch.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0))(detached, dict(batch))
+        except RuntimeError as error:
+            raise ValueError(
+                f"per-sample gradients: torch.func cannot transform {type(module).__name__} ({first_line(error)}); "
+                "use method 'hooks' or 'loop'"
+            ) from error
     for name in params:
         visit(name, grads.pop(name))
     return losses  # type: ignore[no-any-return]

@@ -148,6 +148,30 @@ class Watch(TorchFunctionMode):
         kept = [use for use in uses if use.view.name not in left]
         return self._listener.used(kept, result, in_place) if kept else result
 
+    def __enter__(self) -> Watch:
+        """Begin to watch."""
+        self._apply = torch.autograd.Function.__dict__["apply"]
+        torch.autograd.Function.apply = classmethod(self._noted)  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop watching."""
+        torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _noted(self, function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        """Run a function with a backward pass of its own; parameters among its arguments are opaque.
+
+        Torch functions modes do not see such functions. Comparing one row with the definition is not enough to find
+        them: a row may not reach them, as with experts.
+        """
+        seen: list[View] = []
+        self._sort([*args, *kwargs.values()], seen, [])
+        for view in seen:
+            self._listener.opaque(view.name, f"it is used in `{function.__name__}`, whose backward pass is its own")
+        return self._apply.__get__(None, function)(*args, **kwargs)
+
     def _sort(self, value: Any, seen: list[View], others: list[Tensor]) -> None:
         if isinstance(value, Tensor):
             view = self._views.get(id(value))

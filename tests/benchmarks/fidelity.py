@@ -125,7 +125,7 @@ class Problem:
         self.o = o
         self.config = ModelConfig(name=str(o.model), chat=o.chat, max_length=o.max_length)
         loaded = models.load(self.config)
-        self.model, self.rows = loaded.model.eval(), self._rows(loaded.tokenizer)
+        self.model, self.rows = loaded.model.eval().requires_grad_(True), self._rows(loaded.tokenizer)
         self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         usable = [int(i) for i in np.flatnonzero(self.rows.usable)]
         by_source: dict[str, list[int]] = {}
@@ -355,12 +355,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pool", type=int, default=12, help="rows of the pool from each source")
     parser.add_argument("--targets", type=int, default=3, help="target rows from each source")
-    parser.add_argument("--characters", type=int, default=240, help="the longest rows that are used")
+    parser.add_argument("--characters", type=int, default=160, help="the longest rows that are used")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--subsets", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--checkpoints", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--lora-lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args()

@@ -27,12 +27,17 @@ def correlations(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray((x * y).sum(1) / np.where(length > 0, length, 1.0))
 
 
-def interval(influences: NDArray[Any], inside: NDArray[np.bool_], losses: NDArray[Any], draws: int = 200) -> list[float]:
+def interval(
+    influences: NDArray[Any], inside: NDArray[np.bool_], losses: NDArray[Any], draws: int = 200
+) -> list[float]:
     """The 95 % interval of the mean score over resampled subsets and target rows."""
     draw = np.random.default_rng(0)
     found = []
     for _ in range(draws):
-        some, targets = draw.integers(len(inside), size=len(inside)), draw.integers(losses.shape[1], size=losses.shape[1])
+        some, targets = (
+            draw.integers(len(inside), size=len(inside)),
+            draw.integers(losses.shape[1], size=losses.shape[1]),
+        )
         found.append(datamodelling(influences[:, targets], inside[some], losses[some][:, targets]).mean())
     return [float(x) for x in np.quantile(found, (0.025, 0.975))]
 

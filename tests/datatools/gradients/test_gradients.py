@@ -199,7 +199,10 @@ def test_adapters_other_than_plain_lora_are_not_taken_for_it(kind):
     assert covered(model, names) == [] or kind == "oft"
     batch = {"x": torch.randn(3, 5, 4, dtype=torch.float64)}
     want = per_sample_grads(lambda m, b: m(b["x"]).square().flatten(1).mean(1), model, batch, names, method="loop")
-    unseen = {"loha": "one backward pass", "oft": "__setitem__"}  # an operation of its own; a write into a matrix
+    unseen = {
+        "loha": "whose backward pass is its own",
+        "oft": "__setitem__",
+    }  # an operation of its own; a write into a matrix
     with pytest.warns(UserWarning, match=unseen[kind]) if kind in unseen else nullcontext():
         got = per_sample_grads(lambda m, b: m(b["x"]).square().flatten(1).mean(1), model, batch, names)
     for name in names:
