@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from datatools.gradients.types import Batch, Loss
 
 TOLERANCE = 3.0
 """In units of the root of the precision: 0.001 in float32 and float64, 0.26 in bfloat16; real errors are about 1."""
+
+_NOISE = 16.0
+"""In units of the precision: what a loss near zero, such as the divergence from a reference, may be off by rounding."""
 
 
 def precision_of(module: nn.Module) -> float:
@@ -26,6 +31,31 @@ def precision_of(module: nn.Module) -> float:
     """
     found = max((torch.finfo(p.dtype).eps for p in module.parameters() if p.is_floating_point()), default=0.0)
     return max(found, torch.finfo(torch.float32).eps)
+
+
+class Precision(TorchFunctionMode):
+    """Finds the precision of what runs inside it, which is lower than that of the parameters under autocast.
+
+    Args:
+        module: the model.
+
+    Attributes:
+        eps: the largest spacing of numbers near 1 so far.
+
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.eps = precision_of(module)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, and note the dtype of its result."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return result
 
 
 def check_modules(module: nn.Module) -> None:
@@ -48,13 +78,17 @@ def check_modules(module: nn.Module) -> None:
             )
 
 
-def check_rows_are_independent(loss: Loss, module: nn.Module, batch: Batch) -> None:
+def check_rows_are_independent(loss: Loss, module: nn.Module, batch: Batch, precision: float) -> bool:
     """Refuse a loss whose value for the last row of a batch is another one if the row is alone.
 
     Args:
         loss: (module, batch) -> losses, floating dtype [b].
         module: the model.
         batch: name -> tensor [b, ...], at least two rows.
+        precision: the spacing of numbers near 1 in which the model computes.
+
+    Returns:
+        Whether the values are large enough to show that they are equal; a loss of 0 or near it shows nothing.
 
     Raises:
         ValueError: if the values differ.
@@ -63,15 +97,17 @@ def check_rows_are_independent(loss: Loss, module: nn.Module, batch: Batch) -> N
     together = loss(module, batch).detach()
     alone = loss(module, {key: tensor[-1:] for key, tensor in batch.items()}).detach()
     if together.ndim != 1 or alone.shape != (1,):
-        return  # its shape is refused where gradients are taken
+        return True  # its shape is refused where gradients are taken
     size = max(float(alone.abs()), float(together.abs().mean()))
-    if abs(float(together[-1]) - float(alone)) > TOLERANCE * precision_of(module) ** 0.5 * size:  # False if not finite
+    limit, noise = TOLERANCE * precision**0.5 * size, _NOISE * precision
+    if abs(float(together[-1]) - float(alone)) > limit + noise:  # False if not finite
         raise ValueError(
             f"per-sample gradients: the loss of a row is {float(alone):.6g} alone and {float(together[-1]):.6g} in a "
             f"batch of {len(together)}, so that rows depend on each other, as with a mean over the tokens of the whole "
-            "batch, a contrastive loss, normalization by the batch, or attention along the dimension of rows; divide "
-            "by the tokens of the row, and let each row see only itself"
+            "batch, a contrastive loss, normalization by the batch, experts that drop tokens above their capacity, or "
+            "attention along the dimension of rows; divide by the tokens of the row, and let each row see only itself"
         )
+    return bool(0.5 * float(alone.abs()) > limit + noise)  # the least that a mean over a batch of two rows changes
 
 
 def buffer_versions(module: nn.Module) -> dict[str, tuple[int, int]]:
@@ -101,14 +137,15 @@ def check_loss_is_repeatable(
         second: the loss in the second pass, floating dtype [1].
         module: the model.
         versions: its `buffer_versions` before the first pass.
-        precision: its `precision_of`.
+        precision: the spacing of numbers near 1 in which it computes.
 
     Raises:
         ValueError: if the losses differ.
 
     """
     a, b = float(first), float(second)
-    if abs(a - b) > min(100 * precision, TOLERANCE * precision**0.5) * max(abs(a), abs(b)):  # False if not finite
+    limit = min(100 * precision, TOLERANCE * precision**0.5) * max(abs(a), abs(b)) + _NOISE * precision
+    if abs(a - b) > limit:  # False if not finite
         now = buffer_versions(module)
         changed = [name for name, version in now.items() if versions.get(name) != version]
         why = (

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from datatools.gradients.checks import (
     TOLERANCE,
+    Precision,
     buffer_versions,
     check_loss_is_repeatable,
     check_modules,
@@ -53,8 +54,9 @@ def per_sample_grads(
     factors, experts, adapters and tensors derived from parameters in that one pass, and repeats any other operation row
     by row. Parameters whose operation has no rows that it can find use `loop`, and a warning names them once per
     module. The first call for a module, a loss and a set of names takes three more passes over one row and a
-    forward pass over the batch, which verify `hooks` against the definition and that rows are independent. Memory: b
-    gradients; use `visit_per_sample_grads` to hold one layer at a time.
+    forward pass over the batch, which verify `hooks` against the definition and that rows are independent; the next
+    few batches are compared too if the loss of the row is near zero, which shows nothing. Memory: b gradients; use
+    `visit_per_sample_grads` to hold one layer at a time.
 
     Args:
         loss: (module, batch) -> losses, floating dtype [b].
@@ -160,6 +162,9 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+_COMPARISONS = 8
+
+
 @dataclass
 class _Known:
     """What earlier calls have determined about a module under one loss."""
@@ -168,8 +173,10 @@ class _Known:
     checked: set[frozenset[str]] = field(default_factory=set)
     elsewhere: dict[str, str] = field(default_factory=dict)
     """Parameters for which `hooks` did not agree with the definition, with the reason."""
-    independent: bool = False
-    """Whether the loss of a row was found to be the same alone and in a batch."""
+    comparisons: int = _COMPARISONS
+    """How many more batches are compared with a row alone; 0 once one has shown that rows are independent."""
+    precision: float = 0.0
+    """The spacing of numbers near 1 in which the module computes."""
 
 
 _ANNOUNCED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -195,9 +202,9 @@ def _visit_by_hooks(
         known.elsewhere |= dict.fromkeys(hidden_parameters(module) & set(params), "its module is a TorchScript module")
         _check(loss, module, batch, params, known)
         known.checked.add(frozenset(params))
-    if not known.independent and size_of(batch) > 1:
-        check_rows_are_independent(loss, module, batch)
-        known.independent = True
+    if known.comparisons and size_of(batch) > 1:
+        shown = check_rows_are_independent(loss, module, batch, known.precision or precision_of(module))
+        known.comparisons = 0 if shown else known.comparisons - 1
     fast = [name for name in params if name not in known.elsewhere]
     visited: list[str] = []
 
@@ -239,11 +246,12 @@ def _differences(
     found: dict[str, Tensor] = {}
     wanted: dict[str, Tensor] = {}
     versions = buffer_versions(module)
-    losses, _ = visit_by_hooks(loss, module, row, list(params), found.__setitem__, known.layouts)
+    with Precision(module) as seen:
+        losses, _ = visit_by_hooks(loss, module, row, list(params), found.__setitem__, known.layouts)
+    known.precision = precision = max(known.precision, seen.eps)
     if not found:
         return {}
     again = _visit_by_loop(loss, module, row, {name: params[name] for name in found}, wanted.__setitem__)
-    precision = precision_of(module)
     check_loss_is_repeatable(losses, again.reshape(1), module, versions, precision)
     norms = {name: float(grad.double().norm()) for name, grad in wanted.items()}
     different = {}

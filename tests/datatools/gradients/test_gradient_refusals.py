@@ -210,3 +210,57 @@ def test_what_torch_func_cannot_transform_is_refused_by_name():
     module = Made(lambda self, x: self.a(x)[0], a=nn.GRU(D, 3, batch_first=True)).eval()
     with pytest.raises(ValueError, match="torch.func cannot transform Made .*use method 'hooks' or 'loop'"):
         per_sample_grads(squares, module, {"x": torch.randn(3, 5, D)}, ["a.weight_hh_l0"], method="vmap")
+
+
+def of_reference(module, batch):
+    return (torch.log_softmax(module(batch["x"]), -1) - batch["reference"]).flatten(1).mean(1)
+
+
+def test_a_loss_that_is_zero_up_to_rounding_is_not_refused():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, x = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 50)).eval(), torch.randn(9, 64)
+    with torch.no_grad():
+        reference = torch.log_softmax(module(x), -1)
+        alone = torch.log_softmax(module(x[-1:]), -1)
+    reference[-1] += (alone - reference[-1:])[0] + 1e-7  # rounding differs in the batch, whatever the kernels
+    batch = {"x": x, "reference": reference}
+    assert per_sample_grads(of_reference, module, batch, ["0.weight"])["0.weight"].shape == (9, 256, 64)
+
+
+def test_a_row_whose_loss_is_zero_shows_nothing_and_the_next_batch_is_compared():
+    def weighted(module, batch):
+        return module(batch["x"]).square()[:, 0] * batch["w"] / batch["w"].sum()
+
+    module, x = nn.Linear(D, D).eval(), torch.ones(3, D)
+    per_sample_grads(weighted, module, {"x": x, "w": torch.tensor([1.0, 1.0, 0.0])}, ["weight"])
+    with pytest.raises(ValueError, match="rows depend on each other"):
+        per_sample_grads(weighted, module, {"x": x, "w": torch.ones(3)}, ["weight"])
+
+
+def test_batches_are_compared_once_where_the_loss_shows_that_rows_are_independent():
+    passes = []
+
+    def counted(module, batch):
+        passes.append(len(batch["x"]))
+        return 4 + squares(module, batch)
+
+    module, batch = nn.Linear(D, D).bfloat16().eval(), {"x": torch.ones(3, 5, D, dtype=torch.bfloat16)}
+    for _ in range(3):
+        per_sample_grads(counted, module, batch, ["weight"])
+    assert passes.count(3) == 4  # one comparison, three computations
+
+
+@pytest.mark.filterwarnings("error")  # a warning says that `loop` is used
+def test_the_precision_of_autocast_is_that_of_its_operations():
+    def loss(module, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(batch["x"]).float().square().mean(1)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 50)).eval()
+        batch = {"x": torch.randn(7, 64)}
+    got = per_sample_grads(loss, module, batch, ["0.weight"])["0.weight"]
+    want = per_sample_grads(loss, module, batch, ["0.weight"], method="loop")["0.weight"]
+    assert (got - want).norm() < 0.05 * want.norm()
