@@ -280,7 +280,8 @@ def look_at(snippet: Snippet, words: list[str], capsys: pytest.CaptureFixture[st
     elif words[:2] == ["python", "-m"] and "." in words[2]:
         source = (REPOSITORY / f"{words[2].replace('.', '/')}.py").read_text()
         for module in re.findall(r"^from (tests[.\w]+) import", source, re.M):  # benchmarks share their arguments
-            source += (REPOSITORY / f"{module.replace('.', '/')}.py").read_text()
+            path = REPOSITORY / f"{module.replace('.', '/')}.py"
+            source += path.read_text() if path.is_file() else ""
         for word in words[3:]:
             assert not word.startswith("--") or f'"{word}"' in source, f"{where}: no {word}"
     elif words[0] == "pip":

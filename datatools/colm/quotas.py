@@ -206,8 +206,8 @@ def drawn_budgets(sizes: Sequence[int], total: int, *, generator: torch.Generato
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
-        >>> draws = [drawn_budgets([1, 15], 8, generator=g) for _ in range(1000)]  # shares of 0.5 and 7.5
-        >>> sorted(set(map(tuple, draws))), 450 < sum(one for one, _ in draws) < 550
+        >>> draws = [drawn_budgets([1, 15], 8, generator=g) for _ in range(3000)]  # shares of 0.5 and 7.5
+        >>> sorted(set(map(tuple, draws))), 1400 < sum(one for one, _ in draws) < 1600
         ([(0, 8), (1, 7)], True)
 
     """

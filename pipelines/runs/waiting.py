@@ -53,6 +53,7 @@ class Watch:
         self._environ, self._briefly = environ, briefly
         self._more: threading.Thread | None = None
         self._end = threading.Event()
+        self._change = threading.Lock()
 
     def start(self) -> None:
         """Start looking."""
@@ -86,17 +87,19 @@ class Watch:
 
     def brief(self) -> None:
         """Let idle threads spin briefly: start one more team, which makes more threads than there are cores."""
-        if self._more is None:
-            self._end.clear()
-            self._more = threading.Thread(target=self._team, name="team that sleeps", daemon=True)
-            self._more.start()
+        with self._change:
+            if self._more is None:
+                self._end.clear()
+                self._more = threading.Thread(target=self._team, name="team that sleeps", daemon=True)
+                self._more.start()
 
     def long(self) -> None:
         """Let idle threads spin for long again: end that team."""
-        if self._more is not None:
-            self._end.set()
-            self._more.join()
-            self._more = None
+        with self._change:
+            if self._more is not None:
+                self._end.set()
+                self._more.join()
+                self._more = None
 
     def _team(self) -> None:
         import torch

@@ -406,17 +406,25 @@ def _first_change(a: _Attention, b: _Attention) -> int | None:
     return next((i for i, moved in enumerate(_changes(a, b)) if moved), None)
 
 
+def rules_of(model: nn.Module, optimizer_name: str, **options: Any) -> dict[str, Any]:
+    """The parameters that a matrix rule steps as matrices, and by which rule."""
+    optimizer = optim.create(optimizer_name, model.named_parameters(), lr=1e-3, **options)
+    groups = [group for group in optimizer.param_groups if group["rule"].name == optimizer_name]
+    return {name: group["rule"] for group in groups for name in group["param_names"]}
+
+
 def check_groups(name: str) -> Outcome:
-    """Muon and NorMuon get the weight matrices, each expert as one, rows being outputs; the others can be made."""
+    """Muon and NorMuon get the weight matrices, each expert as one, rows being outputs; the others can be made.
+
+    Fused matrices are steps of their parts by default, which hold the same numbers.
+    """
     model = build(name)
     known = dict(model.named_parameters())
     matrices = Matrices.of(model)
     for optimizer_name in ("muon", "normuon"):
-        optimizer = optim.create(optimizer_name, model.named_parameters(), lr=1e-3)
-        got: dict[str, Any] = {}
-        for group in optimizer.param_groups:
-            if group["rule"].name == optimizer_name:
-                got |= dict.fromkeys(group["param_names"], group["rule"])
+        got, split = (rules_of(model, optimizer_name, split_fused=split) for split in (False, True))
+        if got.keys() != split.keys():
+            raise Wrong(f"{optimizer_name}: {sorted(got.keys() ^ split.keys())[:2]} depend on split_fused")
         missing = sorted(set(matrices.must) - set(got))
         extra = sorted(matrices.never & set(got))
         if missing or extra:
@@ -428,6 +436,9 @@ def check_groups(name: str) -> Outcome:
             found = sum(s.shape[0] for s in stacks), stacks[0].shape[-1]
             if found != (stack, inputs):
                 raise Wrong(f"{optimizer_name}: {key} as {found} (matrices, inputs), not {(stack, inputs)}")
+            parts = split[key].stacks(known[key].detach())
+            if sum(part.numel() for part in parts) != known[key].numel() or parts[0].shape[-1] != inputs:
+                raise Wrong(f"{optimizer_name}: the parts of {key} are {[tuple(part.shape) for part in parts]}")
     for optimizer_name in optim.OPTIMIZERS:
         optim.create(optimizer_name, model.named_parameters(), lr=1e-3)
     optim.create("adamw", model.named_parameters(), lr=1e-3, block_ratios="paper")

@@ -193,8 +193,7 @@ def test_a_run_waits_for_the_one_that_fills_the_shared_features(first, world, tm
         import sys, time
         from pathlib import Path
         import pipelines.select.gradients
-        from pipelines.select import explain, parameters
-from pipelines.select import run as select
+        from pipelines.select import run as select
         from pipelines.settings.select import SelectConfig
         from pipelines.settings.load import load_config
         here, inner = Path(sys.argv[1]), pipelines.select.gradients.extract
