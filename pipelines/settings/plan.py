@@ -88,7 +88,13 @@ class TroubleConfig(Settings):
     restart: float = Field(
         default=300.0, ge=0, le=1e7, description="seconds until a lost worker is there again, without loading its model"
     )
-    trials: int = Field(default=20, ge=1, le=1000, description="simulated runs; the median and the range are shown")
+    trials: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="simulated runs; the median and the range are shown. null is 20, or fewer with more than 256 "
+        "workers",
+    )
 
 
 class PlanConfig(Settings):
@@ -153,7 +159,7 @@ class PlanConfig(Settings):
         description="rows that are computed and committed together; null is as in `select`",
     )
     gpus: Annotated[int, Flag("--gpus", RUN)] = Field(
-        default=1, ge=1, le=1_000_000, description="workers, each with one GPU (or one core, with --hardware cpu)"
+        default=1, ge=1, le=16_384, description="workers, each with one GPU (or one core, with --hardware cpu)"
     )
     engine: Annotated[Literal["local", "ranks", "ray"], Flag("--engine", RUN)] = Field(
         default="local", description="as in `select`; what happens when a worker is lost depends on it"

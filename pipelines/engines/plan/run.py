@@ -82,7 +82,8 @@ def _world(config: PlanConfig, stages: list[Stage], *, slow: bool = True, lost: 
 
 def _trials(config: PlanConfig, stages: list[Stage], **of: bool) -> list[Outcome]:
     world = _world(config, stages, **of)
-    return [simulate(stages, world, seed=config.seed * 100_003 + trial) for trial in range(config.trouble.trials)]
+    trials = config.trouble.trials or max(3, min(20, 5120 // config.gpus))  # all in about a minute at most
+    return [simulate(stages, world, seed=config.seed * 100_003 + trial) for trial in range(trials)]
 
 
 def _described(config: PlanConfig, job: Job, stages: list[Stage]) -> dict[str, Any]:

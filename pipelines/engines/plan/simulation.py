@@ -13,9 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+from datatools import UsageError
+
 CHUNKS = 8
 """A worker takes at most the share 1 / (CHUNKS * workers) of the units that are left as one event, so that few events
-stand for many units, and the last units are simulated one by one."""
+stand for many units, and the last units are simulated one by one. More than 128 workers take larger shares, down to
+1 / (2 * workers), and slow workers take smaller ones, as they do when every unit is taken by itself."""
+
+MOST_LOST = 300_000
+"""How many workers one simulated run may lose before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,9 @@ def simulate(stages: Sequence[Stage], world: World, seed: int = 0) -> Outcome:
         world: The workers.
         seed: The seed of everything that is random.
 
+    Raises:
+        UsageError: Workers are lost so often that a run would not end.
+
     Example:
         >>> simulate([Stage("features", units=10, seconds=6.0)], World(workers=2)).total
         30.0
@@ -146,7 +155,7 @@ def _parts(stage: Stage, world: World, draw: Random) -> deque[_Work]:
     found: deque[_Work] = deque()
     left = stage.units
     while left:
-        units = max(1, left // (CHUNKS * world.workers))
+        units = max(1, left // (min(CHUNKS, max(2, 128 * CHUNKS // world.workers)) * world.workers))
         sigma = math.sqrt(math.log1p(world.spread**2 / units))  # the sum of many varies less than each
         factor = draw.lognormvariate(-sigma * sigma / 2, sigma) if sigma and not stage.alone else 1.0
         found.append(_Work(units, units * stage.seconds * factor))
@@ -166,6 +175,7 @@ class _Run:
         self._idle: deque[int] = deque()
         self._events: list[tuple[float, int, int, float, _Work]] = []  # when, what, who, when it began, with what
         self._channel = 0.0
+        self._failed = self._committed = 0
 
     def end(self, now: float) -> float:
         """Return when the stage ends that begins at `now`."""
@@ -184,6 +194,7 @@ class _Run:
                 left -= self._lose(who, when, begin, work)
             elif what == _COMMITTED:
                 left, end = left - work.units, when
+                self._committed += work.units
                 self._idle.append(who)
             else:
                 self._idle.append(who)
@@ -194,7 +205,7 @@ class _Run:
         """Let a worker begin, unless it has been lost since the last stage and is not back yet."""
         one, back = self._team[who], now
         while one.fails < now:
-            self._found.lost += 1
+            self._lost()
             one.gone = not self._world.returns and who > 0
             if one.gone:
                 return
@@ -208,7 +219,24 @@ class _Run:
     def _give(self, when: float) -> None:
         while self._todo and self._idle:
             who, work = self._idle.popleft(), self._todo.popleft()
-            self._plan(when + work.seconds * self._team[who].speed, _COMPUTED, who, when, work)
+            speed = self._team[who].speed
+            if speed > 1.0 and work.units > 1:  # the others take more while it is busy
+                units, each = max(1, int(work.units / speed)), work.seconds / work.units
+                if units < work.units:
+                    self._todo.appendleft(_Work(work.units - units, each * (work.units - units)))
+                    work = _Work(units, each * units)
+            self._plan(when + work.seconds * speed, _COMPUTED, who, when, work)
+
+    def _lost(self) -> None:
+        """Count a lost worker; refuse a run that makes no progress, which would be simulated forever."""
+        self._found.lost += 1
+        vain = self._failed > 1000 + 10 * (len(self._team) + self._committed)
+        if vain or self._found.lost > MOST_LOST:
+            raise UsageError(
+                f"--hours-between-failures {self._world.failures / 3600:g}: in the stage {self._stage.name!r}, workers "
+                "are lost so often that a run would not end; give more hours, or plan a smaller job "
+                "or smaller units (--set rows_per_unit=N)"
+            )
 
     def _plan(self, when: float, what: int, who: int, begin: float, work: _Work) -> None:
         """Let something happen, unless the worker is lost before."""
@@ -223,7 +251,9 @@ class _Run:
         took = each * one.speed + self._stage.bytes / self._stage.rate
         kept = min(work.units - 1, int((when - begin) / took)) if took else 0
         self._todo.appendleft(_Work(work.units - kept, each * (work.units - kept)))
-        self._found.lost += 1
+        self._committed += kept
+        self._failed += 1
+        self._lost()
         self._found.again += when - begin - kept * took
         back = when + self._world.restart
         one.fails = _next(self._draw, back, self._world)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from datatools import UsageError
 from pipelines.engines.plan.simulation import Stage, World, simulate
 from tests.conftest import REPOSITORY
 
@@ -59,6 +60,25 @@ def test_the_leader_is_replaced_at_once_or_waited_for():
 def test_it_ends_whatever_fails():
     found = simulate([Stage("s", 500, 1.0), Stage("t", 3, 1.0, alone=True)], World(6, failures=3.0, returns=False))
     assert math.isfinite(found.total) and found.lost
+
+
+def test_a_very_slow_worker_holds_one_unit_and_not_its_share_of_the_work():
+    found = simulate([Stage("s", 80_000, 1.0)], World(8, stragglers=0.125, slowdown=100.0)).total
+    assert found == pytest.approx(80_000 / 7.01, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [Stage("s", 50, 1000.0)],
+        [Stage("s", 4, 1000.0, alone=True)],
+        [Stage("t", 1, 0.0), Stage("s", 1, 1e9, alone=True)],
+    ],
+)
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_run_that_would_not_end_is_refused(stages, returns):
+    with pytest.raises(UsageError, match="lost so often that a run would not end"):
+        simulate(stages, World(4, failures=3.6, restart=1.0, returns=returns))
 
 
 def measured(what):
