@@ -79,9 +79,9 @@ def _ending(model: nn.Module, first: tuple[nn.Module, ...], seen: list[Tensor]) 
         states = args[0] if args else kwargs["hidden_states"]
         return states if isinstance(form[0], Tensor) else (states, *form[0][1:])
 
-    named = {name: block for name, block in blocks_of(model).items() if all(block is not one for one in first)}
-    lists = {name.rpartition(".")[0] for name, block in blocks_of(model).items() if block is first[-1]}
-    later = [block for name, block in named.items() if name.rpartition(".")[0] in lists]
+    blocks = [(name.rpartition(".")[0], block) for name, block in blocks_of(model).items()]
+    lists = {parent for parent, block in blocks if block is first[-1]}
+    later = [b for parent, b in blocks if parent in lists and all(b is not one for one in first)]
     own = [(block, vars(block).get("forward")) for block in later]  # another library may have wrapped it
     handle = first[-1].register_forward_hook(capture)
     try:

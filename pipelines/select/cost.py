@@ -12,7 +12,7 @@ import torch
 
 from datatools import DatatoolsError, files, visit_per_sample_grads
 from pipelines.engines.share import Share
-from pipelines.models.losses import losses_for, row_losses, seen_parameters
+from pipelines.models.losses import losses_for, row_losses
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.provenance import peak_rss_bytes
 from pipelines.select import parameters
@@ -113,8 +113,7 @@ def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[
     with torch.random.fork_rng(devices=[]), _as_trained(context) if backward else nullcontext(loaded.model) as module:
         names: list[str] = []
         if backward:
-            seen = seen_parameters(module, checkpoints.trainable(module), method)
-            names = parameters.chosen(seen, context.config.features)
+            names = parameters.covered_by(module, checkpoints.trainable(module), context.config.features)
         kept = cost.saved(module, batch) / batch["input_ids"].numel() if backward else 0.0
         for _ in range(samples):
             begin = time.perf_counter()

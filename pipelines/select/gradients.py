@@ -23,7 +23,7 @@ from datatools import (
 )
 from optim import SGDRule, UpdateMap, UpdateRule
 from pipelines.engines.units import taken
-from pipelines.models.losses import answer_losses_for, losses_for, seen_parameters
+from pipelines.models.losses import answer_losses_for, losses_for
 from pipelines.rows.rows import Rows
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.progress import progress
@@ -102,7 +102,7 @@ def _features(
             base=loaded.model,
         )
         params = {name: p for name, p in module.named_parameters() if name in state.params}
-        names = parameters.chosen(seen_parameters(module, params, config.features.method), config.features)
+        names = parameters.covered_by(module, params, config.features)
         coverage = _coverage(params, names, config)
         if config.features.adam_mode == "code" and (text := checkpoints.epsilon_warning(state)):
             run.warnings.append(text)

@@ -11,7 +11,7 @@ import torch
 from datatools import per_sample_grads
 from optim import SGDRule
 from pipelines.models import load as models
-from pipelines.models.losses import losses_for, seen_parameters
+from pipelines.models.losses import losses_for
 from pipelines.rows.rows import Rows
 from pipelines.select import parameters
 from pipelines.settings.select import SelectConfig
@@ -41,7 +41,7 @@ def layers_of(
         params = checkpoints.trainable(module)
         state = checkpoints.updates(stop, params, adam_mode=config.features.adam_mode, module=module, base=base)
         trained = {name: p for name, p in module.named_parameters() if name in state.params}
-        names = parameters.chosen(seen_parameters(module, trained, config.features.method), config.features)
+        names = parameters.covered_by(module, trained, config.features)
         method: Any = config.features.method
         losses = losses_for(method)
         update = checkpoints.restrict(state, names).per_sample(

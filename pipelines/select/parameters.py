@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from datatools import DataError
+from pipelines.models.losses import seen_parameters
 from pipelines.settings.select import FeaturesConfig
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 _OF_ADAPTERS = frozenset({"base_model", "model", "lora_A", "lora_B", "default", "weight", "bias"})
+
+
+def covered_by(module: Any, params: Mapping[str, Tensor], features: FeaturesConfig) -> list[str]:
+    """Return the parameters of a model from which features are made, by their method and by layer and module.
+
+    Args:
+        module: The model.
+        params: The candidates by name.
+        features: The settings.
+
+    Raises:
+        DataError: As `chosen`.
+    """
+    return chosen(seen_parameters(module, params, features.method), features)
 
 
 def chosen(names: Sequence[str], features: FeaturesConfig) -> list[str]:
