@@ -183,11 +183,19 @@ def _matching(pattern: str) -> list[Source]:
 
 
 def _walk(folder: Path) -> list[tuple[Path, str]]:
-    """Return the data files in `folder` and the folders of `save_to_disk`, with their kinds."""
+    """Return the data files in `folder` and the folders of `save_to_disk`, with their kinds.
+
+    Links to folders are followed; a folder that several ways lead to is visited once.
+
+    Raises:
+        DataError: A folder contains several splits, or a link to a file that is missing.
+    """
     found: list[tuple[Path, str]] = []
-    for root, folders, names in os.walk(folder):
+    root = os.path.realpath(folder)
+    seen = {root}
+    for root, folders, names in os.walk(folder, followlinks=True):
         here = Path(root)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = _unseen(here, folders, seen, root)
         if "dataset_dict.json" in names:
             splits = sorted(name for name in folders if (here / name / "state.json").is_file())
             if len(splits) != 1:
@@ -202,10 +210,25 @@ def _walk(folder: Path) -> list[tuple[Path, str]]:
             folders.clear()
         else:
             found += [(here / name, kind) for name in names if not name.startswith(".") and (kind := _kind(name))]
+            if lost := next((file for file, _ in found if file.is_symlink() and not file.exists()), None):
+                raise DataError(
+                    f"{lost} is a link to {os.readlink(lost)}, which is missing; restore that file, or remove the link"
+                )
     return sorted(
         ((file, kind) for file, kind in found if kind == SAVED or file.is_file()),
         key=lambda item: item[0].relative_to(folder).as_posix(),
     )
+
+
+def _unseen(here: Path, names: list[str], seen: set[str], root: str) -> list[str]:
+    """Return the folders in `here` that no other way has led to, which are added to `seen`; links come last."""
+    found = []
+    for name in sorted(names, key=lambda name: ((here / name).is_symlink(), name)):
+        real = os.path.realpath(here / name)
+        if not name.startswith(".") and real not in seen and os.path.commonpath([real, root]) != real:
+            seen.add(real)
+            found.append(name)
+    return found
 
 
 def saved_files(folder: Path) -> list[Path]:

@@ -30,6 +30,7 @@ _LEFT_OUT = {
     "call_text_dropped": "the chat template omits the text of a turn next to its tool calls",
     "tools_dropped": "the chat template omits the definitions of tools",
     "system_dropped": "the chat template omits the system turn",
+    "media_dropped": "pictures, sound or video in a column beside the text are ignored",
 }
 """Flags of rows that are kept although their tokens omit a part of them -> the text of the warning."""
 _OF_TARGET = "Correct them or remove them from the file; target rows are never left out automatically"
@@ -109,7 +110,7 @@ def prepare(
         raise DataError(f"{label}: no usable row in {', '.join(map(str, data.paths))} ({len(rows.bad)} bad{first})")
     _compare(rows, limits, model.max_length, label)
     for flag, what in _LEFT_OUT.items():
-        if count := scanned.flags[flag]:
+        if count := scanned.flags[flag] + pool.flags[flag]:
             warn(f"{label}: in {count} of {len(pool)} rows, {what}; the rest of each row is used")
     if rows.bad:
         where = f"; see {folder / 'bad_rows.jsonl'}" if folder is not None else ""

@@ -3,18 +3,53 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.rows.formats.contents import first_of
+from pipelines.rows.formats.record import Given
 from pipelines.rows.jsonl import Malformed, json_type, parse_inside, shown
 
+_KEYS = {"name", "function"}
+"""A definition of a tool has one of these keys."""
 
-def tools_of(value: Any) -> tuple[Any, ...]:
+
+def tools_in(given: Given) -> tuple[Any, ...]:
+    """Return the definitions of tools of a row: those of its column, else of its system turn.
+
+    Args:
+        given: The row.
+
+    Raises:
+        Malformed: The definitions have another form.
+    """
+    if found := tools_of(given.get("tools")):
+        return found
+    functions = given.row.get("functions")
+    if isinstance(functions, list) and all(
+        isinstance(one, dict) and {"name", "function"} & set(one) for one in functions
+    ):
+        return tools_of(functions, plain=True)
+    for column in ("messages", "conversations", "prompt"):
+        turns = given.get(column)
+        for turn in turns if isinstance(turns, list) else ():
+            if (
+                isinstance(turn, dict)
+                and first_of(turn, "role", "from") in ("system", "developer")
+                and turn.get("tools")
+            ):
+                return tools_of(turn["tools"])
+    return ()
+
+
+def tools_of(value: Any, *, plain: bool = False) -> tuple[Any, ...]:
     """Return the definitions of tools in a row: a list of objects, one object, or their JSON.
 
     Args:
         value: The value of the column.
+        plain: Whether the objects are the functions themselves (OpenAI's former `functions`).
 
     Raises:
         Malformed: The value is something else.
     """
+    in_json = isinstance(value, str)
     if isinstance(value, str) and value.strip():
         value = loads(value, "tools_not_list", "tools")
     if value in (None, [], {}, "") or isinstance(value, str):
@@ -22,7 +57,22 @@ def tools_of(value: Any) -> tuple[Any, ...]:
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise Malformed("tools_not_list", f"tools is {json_type(value)}, not a list of objects")
-    return tuple(value)
+    found = value if in_json else [without_nulls(tool) for tool in value]
+    return tuple({"type": "function", "function": tool} if plain and "function" not in tool else tool for tool in found)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the keys of its objects that are null.
+
+    Tables give all objects of a column the keys of each, so that the arguments of one function would be null in the
+    calls of every other one. JSON in a text does not have this problem, and keeps its nulls.
+
+    Args:
+        value: A JSON value.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def loads(text: str, reason: str, what: str) -> Any:
@@ -56,6 +106,7 @@ def calls_of(turn: Mapping[str, Any], content: Any, k: int) -> list[dict[str, An
         Malformed: A call has no name, or its arguments are not an object.
     """
     found = turn.get("tool_calls") or turn.get("function_call")
+    in_json = isinstance(content, str)
     if content is not None:
         found = content
         if isinstance(content, str):
@@ -76,7 +127,9 @@ def calls_of(turn: Mapping[str, Any], content: Any, k: int) -> list[dict[str, An
             what = f"the text of the arguments of {shown(function['name'], 30)} in turn {k + 1}"
             parsed = loads(arguments, "bad_tool_call", what) if arguments.strip() else {}
             arguments = parsed if isinstance(parsed, dict) else arguments
-        elif arguments is not None and not isinstance(arguments, dict):
+        elif isinstance(arguments, dict):
+            arguments = arguments if in_json else without_nulls(arguments)
+        elif arguments is not None:
             raise Malformed(
                 "bad_tool_call",
                 f"the arguments of {shown(function['name'], 30)} in turn {k + 1} are "

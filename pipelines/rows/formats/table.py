@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.rows.formats.alpaca import ALPACA
-from pipelines.rows.formats.calls import tools_of
+from pipelines.rows.formats.calls import tools_in
 from pipelines.rows.formats.columns import ANY_FORMAT, Columns
 from pipelines.rows.formats.columns import check_columns as _check_columns
+from pipelines.rows.formats.media import media_flags
 from pipelines.rows.formats.messages import MESSAGES
 from pipelines.rows.formats.preference import PREFERENCE
 from pipelines.rows.formats.prompt_completion import PROMPT_COMPLETION
@@ -71,11 +72,11 @@ def read_shape(
     """
     given = Given(row, columns or {}, preference)
     known, mine = detect(row, given.names)
-    tools = tools_of(given.get("tools"))
+    tools = tools_in(given)
     shape = known.read(given, mine)
     if tools and not shape.messages:
         raise Malformed("tools", "the row defines tools, which only a conversation (messages) can use")
-    return replace(shape, tools=tools) if tools else shape
+    return replace(shape, tools=tools, flags=(*shape.flags, *media_flags(row, shape)))
 
 
 def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Format, tuple[str, ...]]:

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,8 @@ def _plain(value: Any) -> Any:
 
 def _one(value: Any) -> Any:
     """Return a value of the rarer types as JSON."""
+    if type(value).__name__ in ("NaTType", "NAType"):  # what is missing in pandas
+        return None
     if isinstance(value, datetime | date | time):
         return value.isoformat()
     if isinstance(value, timedelta):
@@ -64,8 +66,12 @@ def _one(value: Any) -> Any:
         return format(value, "f")
     if isinstance(value, uuid.UUID):
         return str(value)
+    if isinstance(value, np.bool_):
+        return bool(value)
     if isinstance(value, tuple | np.ndarray):  # also an interval: months, days, nanoseconds
         return [_plain(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    if isinstance(value, Integral):  # of numpy; as a float it would lose digits
+        return int(value)
     if isinstance(value, Real):
         return _plain(float(value))
     raise Malformed("unreadable_value", f"a {type(value).__name__}, which cannot be written as JSON")

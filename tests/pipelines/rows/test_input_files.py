@@ -281,6 +281,28 @@ def test_patterns_name_files(tmp_path, monkeypatch):
         find_sources(["a/*"])
 
 
+def test_links_in_a_folder_are_followed_once(tmp_path):
+    """os.walk leaves out links to folders, and a link that leads nowhere is no file: rows would be missing silently."""
+    for name in ("pool/a.jsonl", "pool/2025/b.jsonl", "elsewhere/inner/c.jsonl", "elsewhere/d.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(line(name))
+    pool = tmp_path / "pool"
+    (pool / "more").symlink_to(tmp_path / "elsewhere")
+    (pool / "latest").symlink_to("2025")  # visited anyway
+    (pool / "again").symlink_to(tmp_path / "elsewhere" / "inner")
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path)  # a circle
+
+    def names():
+        return sorted(os.path.basename(source.name) for source in find_sources([pool]))
+
+    assert names() == ["a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl"]
+    (pool / "e.txt").symlink_to("nowhere.txt")  # no data file
+    assert len(names()) == 4
+    (pool / "e.jsonl").symlink_to("nowhere.jsonl")
+    with pytest.raises(DataError, match=r"e.jsonl is a link to nowhere.jsonl, which is missing; restore"):
+        names()
+
+
 def test_folders_and_missing_files(tmp_path):
     for name in ("b.jsonl", "a/z.jsonl", "a/.hidden.jsonl", ".git/x.jsonl", "notes.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

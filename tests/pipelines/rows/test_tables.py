@@ -9,6 +9,7 @@ import tracemalloc
 import uuid
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from pipelines.rows.read import read_pool
 from pipelines.rows.tables import checks, csv
 from pipelines.rows.tables.arrow import rows_of_arrow, rows_of_parquet
 from pipelines.rows.tables.sizes import sizes
+from pipelines.rows.tables.values import as_json
 from tests.conftest import REPOSITORY
 
 D = decimal.Decimal
@@ -321,3 +323,30 @@ def test_names_of_columns_do_not_multiply(tmp_path):
 def test_line_ends_of_every_kind(tmp_path):
     found, _ = csv_rows(tmp_path, b'\xef\xbb\xbfa,b\r\n1,"x\r\ny"\r2,z\n\r\n3,"\r"')
     assert found == [{"a": "1", "b": "x\r\ny"}, {"a": "2", "b": "z"}, {"a": "3", "b": "\r"}]
+
+
+def test_values_of_numpy_and_pandas_keep_their_digits():
+    """An integer of numpy is no float: 2**60 + 1 would become another id."""
+    row = {"i": np.int64(2**60 + 1), "u": np.uint64(2**64 - 1), "b": np.bool_(True), "f": np.float32(0.5),
+           "s": np.str_("a"), "n": np.float64("nan"), "na": pd.NA, "nat": pd.NaT, "when": pd.Timestamp("2020-01-02"),
+           "list": [np.int8(3), np.array([2**60 + 1])]}  # fmt: skip
+    assert json.loads(as_json(row)) == {
+        "i": 2**60 + 1, "u": 2**64 - 1, "b": True, "f": 0.5, "s": "a", "n": None, "na": None, "nat": None,
+        "when": "2020-01-02T00:00:00", "list": [3, [2**60 + 1]],
+    }  # fmt: skip
+
+
+def test_calls_of_different_functions_in_one_table(tmp_path):
+    """A struct has the keys of all rows; the arguments of one function must not appear in the calls of another."""
+    rows = []
+    for name, arguments in (("f", {"x": 1}), ("g", {"y": "b"})):
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": dict.fromkeys(arguments)}}}
+        tool["function"]["parameters"]["properties"] = {key: {"type": f"t{name}"} for key in arguments}
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        rows.append({"messages": said, "tools": [tool]})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    pool, _ = read_pool([tmp_path / "a.parquet"], cache=tmp_path)
+    for row, wanted in zip(pool, rows, strict=True):
+        assert row.messages[1]["tool_calls"] == wanted["messages"][1]["tool_calls"]
+        assert list(row.tools) == wanted["tools"]

@@ -69,6 +69,19 @@ from tests.pipelines.rows.pools import chat, turn
         (chat(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "")), "empty_answer"),
         ({"messages": [turn("user", "q"), turn("assistant", "a", weight=0.5)]}, "turn_weight"),
         ({"messages": [turn("user", "q"), turn("assistant", "a", weight=0)]}, "no_trained_turn"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", loss=2.5)]}, "turn_weight"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", train="no")]}, "turn_weight"),
+        (
+            {
+                "messages": [
+                    turn("user", "q"),
+                    turn("assistant", "a", train_detail=[{"begin_offset": 0, "train": False}]),
+                ]
+            },
+            "turn_weight",
+        ),
+        ({**chat(("user", "<image>q"), ("assistant", "a")), "images": ["a.png"]}, "media"),
+        ({"prompt": "q", "completion": "a <video>", "video": {"bytes": None, "path": None}}, "media"),
         ({"prompt": "q", "completion": ""}, "empty_answer"),
         ({"prompt": "", "completion": "a"}, "empty_prompt"),
         ({"prompt": "q", "completion": None}, "null_answer"),
@@ -327,6 +340,71 @@ def test_reasoning_and_tools_are_read_in_one_form():
     assert read_shape(data).messages[2]["content"] == '{"t": [1]}'
     row = Row("i", "s", "f", 1, b"", (turn("user", "q"), turn("assistant", "a", reasoning="r", tool_calls=[call])))
     assert row.answer == 'r\na\n{"name": "f", "arguments": {"x": 1}}' and row.whole == f"q\n{row.answer}"
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_mask"])
+def test_turns_without_loss_under_the_names_of_every_trainer(key):
+    for no, yes in ((0, 1), (False, True), (0.0, 1.0)):
+        turns = [
+            turn("user", "q", **{key: yes}),  # a turn of the user has no loss in any case
+            turn("assistant", "a", **{key: no}),
+            turn("user", "q", **{key: None}),
+            turn("assistant", "b", **{key: yes}),
+            turn("user", "q"),
+            turn("assistant", "c", **{key: None}),
+        ]
+        assert read_shape({"messages": turns}).masked == {1}
+    both = [
+        turn("user", "q"),
+        turn("assistant", "a", **{"weight": 1, "train": True, key: 0}),
+        turn("user", "q"),
+        turn("assistant", "b"),
+    ]
+    assert read_shape({"messages": both}).masked == {1}
+
+
+def test_media_beside_a_text_are_counted():
+    row = chat(("user", "q"), ("assistant", "a"))
+    for held in (["a.png"], "a.png", {"bytes": None, "path": "a.png"}):
+        assert read_shape({**row, "images": held}).flags == ("media_dropped",)
+    for none in (None, [], "", {}):
+        assert read_shape({**chat(("user", "an <image> tag in HTML"), ("assistant", "a")), "images": none}).flags == ()
+
+
+def test_tools_are_found_where_others_write_them():
+    """OpenAI's former column `functions`, and the system turn (as for GLM and DeepSeek)."""
+    bare = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    tool = {"type": "function", "function": bare}
+    turns = [turn("user", "q"), turn("assistant", "a")]
+    for functions in ([bare], [tool]):
+        assert read_shape({"messages": turns, "functions": functions}).tools == (tool,)
+    for functions in (3, "f", [], ["f"], [{"x": 1}], None):  # a column of the same name with something else
+        assert read_shape({"messages": turns, "functions": functions}).tools == ()
+    assert read_shape({"messages": turns, "functions": [bare], "tools": [tool, tool]}).tools == (tool, tool)
+    for role in ("system", "developer"):
+        assert read_shape({"messages": [turn(role, "s", tools=[tool]), *turns]}).tools == (tool,)
+    row = {"prompt": [turn("system", "s", tools=json.dumps([tool])), turns[0]], "completion": turns[1:]}
+    assert read_shape(row).tools == (tool,)
+
+
+def test_nulls_that_tables_add_to_calls_and_tools_are_absent():
+    """A table gives every object of a column the keys of all; in a JSON text, a null is the row's own."""
+    made = {"name": "f", "arguments": {"x": 1, "y": None, "z": [{"a": None, "b": 2}], "e": None}}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "z": [{"b": 2}]}}}
+    for said in (turn("assistant", None, tool_calls=[{"function": made}]), turn("function_call", made)):
+        assert read_shape({"messages": [turn("user", "q"), said]}).messages[1]["tool_calls"] == [call]
+    kept = {"x": None, "y": {"a": None}}
+    for said in (
+        turn("assistant", None, tool_calls=[{"name": "f", "arguments": json.dumps(kept)}]),
+        turn("function_call", json.dumps({"name": "f", "arguments": kept})),
+    ):
+        found = read_shape({"messages": [turn("user", "q"), said]}).messages[1]["tool_calls"]
+        assert found[0]["function"]["arguments"] == kept
+    tools = [{"name": "f", "parameters": {"properties": {"x": {"type": "int", "enum": [None]}, "y": None}}}]
+    turns = [turn("user", "q"), turn("assistant", "a")]
+    found = read_shape({"messages": turns, "tools": tools}).tools
+    assert found == ({"name": "f", "parameters": {"properties": {"x": {"type": "int", "enum": [None]}}}},)
+    assert read_shape({"messages": turns, "tools": json.dumps(tools)}).tools == tuple(tools)
 
 
 def test_columns_are_mapped_and_checked():
