@@ -9,11 +9,15 @@ from decimal import Decimal, InvalidOperation
 
 from pipelines.settings.metrics import REGEX
 
-_NUMBER = re.compile(r"[-+−]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?(?:/\d+)?")
+_GROUPED = r"\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)"  # 1,234,567 and 12,34,567, but neither 3,4 nor 1,2345
+_NUMBER = re.compile(  # a minus behind a number or a word is no sign: 5-3, 2024-05-06
+    rf"(?:(?<![\w.)\]])[-+−][$€£¥]?)?(?:(?:{_GROUPED}|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:/\d+)?"
+)
 _LETTER = r"[A-Z]"
 _SAID = re.compile(rf"answer(?:\s+is|\s*:)?\s*:?\s*\**\(?({_LETTER})\)?(?![\w'])", re.IGNORECASE)
 _ALONE = re.compile(rf"\s*\**\(?({_LETTER})\)?(?:[).:,]|\*|\s|$)")
 _BRACKETS = re.compile(rf"\(({_LETTER})\)")
+_WORD = re.compile(r"\s*[AI]\s+(?!(?:because|since|as|is|and|but)\b)[a-z]")  # an article or a pronoun
 _ANSWER_IS = re.compile(r"answer(?:\s+is|\s*:)\s*:?\s*(.+)", re.IGNORECASE)
 
 
@@ -24,17 +28,19 @@ def number(text: str) -> str | None:
         text: The text.
 
     Example:
-        >>> number("3 + 4 = 7\n#### 7"), number("It costs $1,200."), number("none")
-        ('7', '1200', None)
+        >>> number("3 + 4 = 7\n#### 7"), number("It costs $1,200."), number("from 3-5"), number("none")
+        ('7', '1200', '5', None)
     """
     _, mark, after = text.rpartition("####")
     found = _NUMBER.findall(after) if mark else []
     found = found[:1] or _NUMBER.findall(text)[-1:]
-    return found[0].replace(",", "").replace("−", "-").lstrip("+") if found else None
+    return re.sub(r"[,$€£¥]", "", found[0]).replace("−", "-").lstrip("+") if found else None
 
 
 def letter(text: str) -> str | None:
     """Return the letter of an option: after "answer is", else at the start, else the last one in brackets.
+
+    "A" or "I" at the start of a sentence counts only if no letter in brackets follows.
 
     Args:
         text: The text.
@@ -46,9 +52,9 @@ def letter(text: str) -> str | None:
     said = [found for found in _SAID.findall(text) if found.isupper()]
     if said:
         return str(said[-1])
-    if alone := _ALONE.match(text):
+    alone, brackets = _ALONE.match(text), _BRACKETS.findall(text)
+    if alone is not None and not (brackets and _WORD.match(text)):
         return alone.group(1)
-    brackets = _BRACKETS.findall(text)
     return str(brackets[-1]) if brackets else None
 
 
@@ -127,7 +133,7 @@ def normalised(text: str) -> str:
 
 
 def equal(answer: str | None, gold: str) -> bool:
-    """Return whether an answer is the gold one: equal when normalised, or the same number.
+    """Return whether an answer is the gold one: the same number, or, if one of them is none, equal when normalised.
 
     Args:
         answer: The answer; None if there is none.
@@ -139,10 +145,10 @@ def equal(answer: str | None, gold: str) -> bool:
     """
     if answer is None:
         return False
-    if normalised(answer) == normalised(gold):
-        return True
     ours, theirs = value_of(answer), value_of(gold)
-    return ours is not None and ours == theirs
+    if ours is not None and theirs is not None:
+        return ours == theirs
+    return normalised(answer) == normalised(gold)
 
 
 def value_of(text: str) -> Decimal | None:
@@ -155,7 +161,10 @@ def value_of(text: str) -> Decimal | None:
         >>> value_of("$1,200"), value_of("5 %"), value_of("5 apples") is None
         (Decimal('1200'), Decimal('5'), True)
     """
-    plain = text.strip().strip("$€£¥ ").removesuffix("%").strip().rstrip(".").replace(",", "").replace("−", "-")
+    plain = text.strip().strip("$€£¥ ").removesuffix("%").strip().rstrip(".").replace("−", "-")
+    plain = re.sub(r"^([-+])\s*[$€£¥]", r"\1", plain)
+    if grouped := re.match(rf"[-+]?{_GROUPED}", plain):
+        plain = grouped[0].replace(",", "") + plain[grouped.end() :]
     over, slash, under = plain.partition("/")
     try:
         value = Decimal(over)

@@ -143,6 +143,9 @@ def _options(value: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     labels: Any = None
     if isinstance(value, Mapping):
         value, labels = (value["text"], value.get("label")) if "text" in value else (list(value.values()), list(value))
+    if isinstance(value, list):  # tables fill up the shorter ones with nulls
+        value = value[: max((k + 1 for k, one in enumerate(value) if one is not None), default=0)]
+        labels = labels[: len(value)] if isinstance(labels, list) else labels
     if not _texts(value) or len(value) < 2 or len(set(value)) < len(value):
         raise DataError(f"{where}: the column of options holds {_shown(value)}; expected two or more different texts")
     labels = [str(label) for label in labels] if isinstance(labels, list) and len(labels) == len(value) else []
@@ -150,23 +153,28 @@ def _options(value: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _right(gold: Any, options: Sequence[str], labels: Sequence[str], where: str) -> int:
-    """The place of the right option: `gold` is its text, its label, its letter, or its number, counted from 0."""
-    plain = [normalised(option) for option in options]
-    text = normalised(str(gold))
-    by_text = plain.index(text) if text in plain else None
-    by_number = gold if isinstance(gold, int) and 0 <= gold < len(options) else None
-    if by_text is not None and by_number is not None and by_text != by_number:
+    """The place of the right option: `gold` is its text, its label, its number (counted from 0), or its letter.
+
+    Labels come before numbers: with the labels "1" to "4", the answer 1 is the first option.
+    """
+    gold = int(gold) if isinstance(gold, float) and gold.is_integer() else gold  # of a column with missing numbers
+    said = str(gold).strip()
+    text, plain, names = normalised(said), [normalised(one) for one in options], [normalised(one) for one in labels]
+    same = [k for k, one in enumerate(options) if one.strip() == said]
+    same = same or [k for k, one in enumerate(plain) if one == text]
+    if len(same) > 1:
+        raise DataError(f"{where}: the answer {_shown(gold)} may be several of the options; write it as one of them")
+    by_text = same[0] if same else None
+    by_name = names.index(text) if names.count(text) == 1 else None
+    if by_name is None and isinstance(gold, int) and 0 <= gold < len(options):
+        by_name = gold
+    if by_text is not None and by_name is not None and by_text != by_name:
         raise DataError(
-            f"{where}: the answer {gold} is the text of one option and the number of another; write it as a text, or "
-            "write the option's letter"
+            f"{where}: the answer {gold} is the text of one option and the number of another, or its label; write it "
+            "as a text, or write the option's letter"
         )
-    if by_number is not None:
-        return by_number
-    if by_text is not None:
-        return by_text
-    names = [normalised(label) for label in labels]
-    if text in names:
-        return names.index(text)
+    if by_text is not None or by_name is not None:
+        return by_text if by_text is not None else int(by_name or 0)
     if len(text) == 1 and 0 <= ord(text) - ord("a") < len(options):
         return ord(text) - ord("a")
     if text.isdecimal() and int(text) < len(options):

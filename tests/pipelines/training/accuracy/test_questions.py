@@ -51,6 +51,18 @@ def read(world, tmp_path):
         ({"options": {"text": ["ja", "nein"], "label": ["X", "Y"]}, "answer": "y"}, 1),
         ({"options": {"X": "ja", "Y": "nein"}, "answer": "Y"}, 1),
         ({"options": ["ja", "nein"]}, 0),
+        # labels come before numbers (ARC), and a number of a column with missing ones is a float
+        ({"options": {"text": ["ja", "nein"], "label": ["1", "2"]}, "answer": 1}, 0),
+        ({"options": {"text": ["ja", "nein"], "label": [1, 2]}, "answer": 2}, 1),
+        ({"options": {"text": ["ja", "nein"], "label": ["1", "2"]}, "answer": "2"}, 1),
+        ({"options": {"1": "ja", "2": "nein"}, "answer": 1.0}, 0),
+        ({"options": ["ja", "nein"], "answer": 1.0}, 1),
+        # tables fill up the shorter ones
+        ({"options": {"A": "ja", "B": "nein", "C": None}, "answer": "B"}, 1),
+        ({"options": {"text": ["ja", "nein", None], "label": ["A", "B", None]}, "answer": "B"}, 1),
+        # texts that are equal only when normalised
+        ({"options": [".5", "5"], "answer": "5"}, 1),
+        ({"options": ["Polish", "polish"], "answer": "polish"}, 1),
     ],
 )
 def test_the_right_option(read, more, right):
@@ -67,6 +79,9 @@ def test_the_right_option(read, more, right):
         ({"options": ["ja", "nein"], "answer": "vielleicht"}, "is none of the 2 options"),
         ({"options": ["ja", "nein"], "answer": 2}, "is none of the 2 options"),
         ({"options": ["1", "0"], "answer": 1}, "the text of one option and the number of another"),
+        ({"options": {"1": "2", "2": "1"}, "answer": "1"}, "the text of one option and the number of another"),
+        ({"options": ["Yes", "yes"], "answer": "YES"}, "may be several of the options"),
+        ({"options": ["ja", None, "nein"], "answer": "ja"}, "expected two or more different texts"),
         ({"options": ["ja"], "answer": "ja"}, "expected two or more different texts"),
         ({"options": ["ja", "ja"], "answer": "ja"}, "expected two or more different texts"),
         ({"options": "ja", "answer": "ja"}, "expected two or more different texts"),
