@@ -112,6 +112,11 @@ def prepare(
     for flag, what in _LEFT_OUT.items():
         if count := scanned.flags[flag] + pool.flags[flag]:
             warn(f"{label}: in {count} of {len(pool)} rows, {what}; the rest of each row is used")
+    if count := pool.flags["unwanted_answer"]:
+        warn(
+            f"{label}: in {count} of {len(pool)} rows, the column label is false; in unpaired preferences (KTO), it "
+            "marks answers that are not wanted. These rows are used like all others; remove them if they are such"
+        )
     if rows.bad:
         where = f"; see {folder / 'bad_rows.jsonl'}" if folder is not None else ""
         warn(f"{label}: {len(rows.bad)} bad rows were left out{where}")

@@ -1,10 +1,11 @@
 """The format prompt and completion, as texts or as lists of messages."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipelines.rows.formats.contents import checked_text, emptiness, text_flags, visible
-from pipelines.rows.formats.record import TEXTS_OR_LISTS, Format
+from pipelines.rows.formats.record import TEXTS_OR_LISTS, Format, Given
 from pipelines.rows.formats.shape import Shape
 from pipelines.rows.formats.turns import conversation, turns_of
 from pipelines.rows.jsonl import Malformed, json_type
@@ -40,6 +41,12 @@ def from_prompt(prompt: Any, completion: Any, columns: Mapping[str, str]) -> Sha
     return Shape(prompt=question, completion=answer, flags=text_flags([question, answer]))
 
 
+def _read(given: Given, _: tuple[str, ...]) -> Shape:
+    shape = from_prompt(given.get("prompt"), given.get("completion"), given.names)
+    unwanted = given.row.get("label") is False or given.row.get("kto_tag") is False
+    return replace(shape, flags=(*shape.flags, "unwanted_answer")) if unwanted else shape
+
+
 PROMPT_COMPLETION = Format(
     name="prompt_completion",
     title="prompt, completion",
@@ -48,5 +55,5 @@ PROMPT_COMPLETION = Format(
     used_by="TRL; both may also be lists of messages",
     rendering=TEXTS_OR_LISTS,
     columns=(("prompt", "completion"),),
-    read=lambda given, _: from_prompt(given.get("prompt"), given.get("completion"), given.names),
+    read=_read,
 )

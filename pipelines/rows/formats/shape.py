@@ -22,4 +22,4 @@ class Shape:
     """Definitions of tools, as the row has them."""
     flags: tuple[str, ...] = ()
     """Peculiarities of a usable row: assistant_first, ends_with_user, same_role_twice, role_renamed, parts_joined,
-    media_dropped, control_characters, bidi_controls."""
+    media_dropped, unwanted_answer, control_characters, bidi_controls."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pipelines.models import load as models
 from pipelines.rows import prepare as module
 from pipelines.rows.prepare import prepare, target_data
 from pipelines.rows.row import Refused
@@ -47,3 +48,24 @@ def test_no_target_row_is_left_out(tmp_path, broken):
     error = refused(data, tmp_path, tmp_path)
     assert "8 of 10 rows" in str(error) and str(error).endswith("target rows are never left out automatically")
     assert "--on-bad-row" not in str(error) and not (tmp_path / "bad_rows.jsonl").exists()
+
+
+def test_what_rows_say_beside_their_text_is_warned_of(tmp_path, world, monkeypatch):
+    """Pictures that a model of text does not get, and answers of unpaired preferences that are not wanted."""
+    said = []
+    monkeypatch.setattr(module, "warn", said.append)
+    model = ModelConfig(name=str(world.model))
+    tokenizer = models.load(model, tokenizer_only=True).tokenizer
+    for more, words in (
+        ({"label": False}, "1 of 2 rows, the column label is false"),
+        ({"kto_tag": False}, "1 of 2 rows, the column label is false"),
+        ({"image": "a.png"}, "1 of 2 rows, pictures, sound or video"),
+        ({"label": 0, "image": None, "kto_tag": None}, ""),
+    ):
+        said.clear()
+        rows = [{"prompt": "q", "completion": "a", **more}, {"prompt": "q", "completion": "b", "label": True}]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        prepare(
+            DataConfig(paths=[str(tmp_path / "rows.jsonl")]), model, tokenizer, cache=tmp_path / "cache", label="pool"
+        )
+        assert [words in text for text in said] == ([True] if words else [])
