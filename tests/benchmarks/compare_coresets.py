@@ -265,7 +265,7 @@ def main() -> None:
     small = small_sources(Counter(rows.pool.sources[i] for i in chosen))
     parts = {"train": chosen, "held": held, "target": target}
     keys = ("seconds", "clock", "points", "steps", "large", "keep", "rows", "lr", "rank", "max_length", "held_out",
-            "micro_tokens", "model", "chat", "data")  # fmt: skip
+            "micro_tokens", "model", "chat", "data", "target")  # fmt: skip
     made_of = files.digest(repr([str(vars(o)[key]) for key in keys]).encode())[:12]
     runs = []
     for seed in range(o.seeds):  # seed by seed: a comparison that is stopped has every arm equally often
