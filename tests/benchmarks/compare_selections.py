@@ -260,16 +260,17 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def compare(problem: Problem, options: argparse.Namespace) -> None:
-    """Measure every arm on every target; print the tables after each target."""
+def compare(make: Callable[[argparse.Namespace], Problem], options: argparse.Namespace) -> None:
+    """Measure every arm on every target; print the tables after each target. `--show` makes no problem."""
     arms = options.arms.split() if options.arms else list(ARMS)
-    targets = options.targets.split(",") if options.targets else list(problem.metrics)
     out = Path(options.out)
     kept = out / "results.json"
     results = json.loads(kept.read_text()) if kept.is_file() else []
     if options.show:
         print(tables(results))
         return
+    problem = make(options)
+    targets = options.targets.split(",") if options.targets else list(problem.metrics)
     with quietly():
         if not (out / "warm" / "selected.jsonl").is_file():
             command(*select_words(problem, targets[0], options), "--method", "auto", "--out", out / "warm")
@@ -290,7 +291,7 @@ def main() -> None:
     parser.add_argument("--pool", default="mix-1k.jsonl")
     parser.add_argument("--out", default="runs/compare-selections")
     options = parser.parse_args()
-    compare(shared(options), options)
+    compare(shared, options)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--data-seed", type=int, default=0)
     parser.add_argument("--out", default="runs/gym-selections")
     options = parser.parse_args()
-    compare(gym(options), options)
+    compare(gym, options)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--data-seed", type=int, default=0)
     parser.add_argument("--out", default="runs/mixture-selections")
     options = parser.parse_args()
-    compare(mixture(options), options)
+    compare(mixture, options)
 
 
 if __name__ == "__main__":
