@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from datatools import large
 from datatools.errors import DataError
 from datatools.features.keys import Places
 from datatools.features.store import GradientFeatures
@@ -122,7 +123,8 @@ def less_scores(
     remove = None if common is None else [common_directions(updates.take(sample), common) for updates in train]
     similarity = influence(train, wanted, weights, keys=keys, remove=remove)
     if advantages is not None:
-        similarity = similarity * advantages
+        for block in large.blocks(similarity):  # a large one is in a file, and a product would be in memory
+            similarity[block] *= advantages
 
     # 3. One score per row. Alternatively, as in the paper, the gradients of a subtask are averaged before the cosine.
     columns, of = similarity, groups

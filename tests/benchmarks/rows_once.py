@@ -18,7 +18,7 @@ from typing import Any
 from tests.benchmarks.extract_once import status
 from tests.benchmarks.measure import Settings
 
-DIM, TARGETS = 512, 16
+DIM, TARGETS, SCORED = 512, 16, 256
 SOURCES = ("facts", "words", "code", "notes", "calendar", "units")
 
 
@@ -78,7 +78,7 @@ def scores(settings: Settings, rows: int, folder: Path) -> Any:
     from datatools import GradientFeatures, files, less_scores
 
     keys = [files.digest(str(row).encode()) for row in range(rows)]
-    wanted = [files.digest(f"target {row}".encode()) for row in range(TARGETS)]
+    wanted = [files.digest(f"target {row}".encode()) for row in range(SCORED)]
     stores = []
     for name, held in (("train", keys), ("target", wanted)):
         store = GradientFeatures.create_or_open(folder / name, meta={}, dim=DIM, dtype="int8", keys=held)
@@ -86,7 +86,7 @@ def scores(settings: Settings, rows: int, folder: Path) -> Any:
         for unit in store.missing_units():
             store.write_unit(unit, torch.randn(len(store.unit_keys(unit)), DIM, generator=generator))
         stores.append([GradientFeatures.open(folder / name)])
-    groups = torch.arange(TARGETS) % 4
+    groups = torch.arange(SCORED) % 4
     return lambda: less_scores(*stores, [1.0], groups, keys=keys, target_keys=wanted)
 
 

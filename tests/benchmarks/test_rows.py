@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.measure import Report, Settings
+from tests.benchmarks.rows_once import DIM, SCORED
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.bench
@@ -23,7 +24,8 @@ def test_rows(bench: Settings, tmp_path: Path) -> None:
     most = bench.size(100_000, 2_000)
     sizes = [most // 10, most] if most <= 100_000 else [10_000, 100_000, most]
     report = Report("rows", "Reading, selecting and scoring, by the number of rows", bench)
-    report.workload = {"rows": sizes, "jobs": list(JOBS)}
+    of = f"{DIM} numbers of int8 per row, {SCORED} target rows"
+    report.workload = {"rows": sizes, "jobs": list(JOBS), "scores": of}
     for job in JOBS:
         found = [once(tmp_path, job, rows) for rows in sizes]
         for rows, one in zip(sizes, found, strict=True):
