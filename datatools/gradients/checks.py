@@ -123,6 +123,25 @@ def buffer_versions(module: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: (id(b), b._version) for name, b in module.named_buffers() if b.is_floating_point()}
 
 
+def check_passes_are_equal(loss: Loss, module: nn.Module, batch: Batch) -> None:
+    """Refuse a loss that is another one in a second pass over the last row of a batch.
+
+    Args:
+        loss: (module, batch) -> losses, floating dtype [b].
+        module: the model.
+        batch: name -> tensor [b, ...].
+
+    Raises:
+        ValueError: if the losses differ.
+
+    """
+    row = {key: tensor[-1:] for key, tensor in batch.items()}
+    versions = buffer_versions(module)
+    with Precision(module) as seen:
+        first, second = (loss(module, row).detach().sum().reshape(1) for _ in range(2))
+    check_loss_is_repeatable(first, second, module, versions, seen.eps)
+
+
 def check_loss_is_repeatable(
     first: Float[Tensor, " 1"],
     second: Float[Tensor, " 1"],

@@ -27,6 +27,7 @@ from datatools.gradients.replay import NotByRows, Replayed
 from datatools.gradients.types import Batch, Loss, Visit, size_of
 from datatools.gradients.uses import Use
 from datatools.gradients.watch import Watch
+from optim import curvature
 
 
 class _Start(torch.autograd.Function):
@@ -159,7 +160,8 @@ class _Pass:
         return losses.detach(), self.refused
 
     def _backward(self, losses: Tensor) -> None:
-        leaves = _leaves(losses)  # those of other modules are not to get a `.grad`, but their paths are to be followed
+        # leaves of other modules are not to get a `.grad`, but their paths are to be followed
+        leaves = curvature.graph_leaves(losses)
         unknown = [call for call in self.calls if self.size > 1 and call.layout is None and self._wanted(call.use)]
         if unknown:
             self.dtype = min((losses.dtype, *(p.dtype for p in self.module.parameters())), key=_range)
@@ -364,22 +366,6 @@ class _Pass:
 
     def _tensor(self, name: str) -> Tensor:
         return self.made[name].value if name in self.made else self.params[name]
-
-
-def _leaves(y: Tensor) -> list[Tensor]:
-    """Return the tensors at which the graph of `y` starts."""
-    found: list[Tensor] = []
-    left, seen = [y.grad_fn], {y.grad_fn}
-    while left:
-        node = left.pop()
-        if node is None:
-            continue
-        if node.name().endswith("AccumulateGrad"):
-            found.append(node.variable)  # type: ignore[attr-defined]
-        new = {parent for parent, _ in node.next_functions} - seen
-        seen |= new
-        left += new
-    return found
 
 
 def _range(dtype: torch.dtype) -> float:

@@ -14,7 +14,7 @@ Source: Goodfellow 2015, arXiv 1510.01799 (per-sample gradients from one backwar
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ from datatools.gradients.checks import (
     buffer_versions,
     check_loss_is_repeatable,
     check_modules,
+    check_passes_are_equal,
     check_rows_are_independent,
     first_line,
     gradients_of,
@@ -41,6 +42,7 @@ from datatools.gradients.factors import TakeFactors
 from datatools.gradients.hooks import visit_by_hooks
 from datatools.gradients.rows import Layouts
 from datatools.gradients.types import Batch, Loss, Method, Visit, size_of
+from optim import curvature
 
 
 def per_sample_grads(
@@ -128,8 +130,8 @@ def visit_per_sample_grads(
         ((3, 1, 2), (3, 1), torch.Size([3]))
 
     """
-    known = dict(module.named_parameters())
-    if missing := [name for name in names if name not in known]:
+    params = dict(module.named_parameters())
+    if missing := [name for name in names if name not in params]:
         raise ValueError(
             f"per-sample gradients: the module has no parameter {missing[0]!r} ({len(missing)} unknown names)"
         )
@@ -141,11 +143,16 @@ def visit_per_sample_grads(
         )
     with torch.enable_grad(), _frozen(module):
         if method == "hooks":
-            return _visit_by_hooks(loss, module, batch, {name: known[name] for name in names}, visit, take, above)
+            return _visit_by_hooks(loss, module, batch, {name: params[name] for name in names}, visit, take, above)
         if method == "loop":
-            return _visit_by_loop(loss, module, batch, {name: known[name] for name in names}, visit)
+            known = _known(loss, module)
+            if not known.repeatable:
+                with _trained(params[name] for name in names):
+                    check_passes_are_equal(loss, module, batch)
+                known.repeatable = True
+            return _visit_by_loop(loss, module, batch, {name: params[name] for name in names}, visit)
         if method == "vmap":
-            return _visit_by_vmap(loss, module, batch, {name: known[name] for name in names}, visit)
+            return _visit_by_vmap(loss, module, batch, {name: params[name] for name in names}, visit)
     raise ValueError(f"per-sample gradients: unknown method {method!r}; choose hooks, loop or vmap")
 
 
@@ -162,6 +169,19 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextmanager
+def _trained(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Set `requires_grad` of these parameters inside `_frozen`; some modules put hooks on tensors in every pass."""
+    asked = [p for p in params if not p.requires_grad]
+    for p in asked:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in asked:
+            p.requires_grad_(False)
+
+
 _COMPARISONS = 8
 
 
@@ -175,6 +195,8 @@ class _Known:
     """Parameters for which `hooks` did not agree with the definition, with the reason."""
     comparisons: int = _COMPARISONS
     """How many more batches are compared with a row alone; 0 once one has shown that rows are independent."""
+    repeatable: bool = False
+    """Whether two passes over a row were found to have the same loss, for method `loop`."""
     precision: float = 0.0
     """The spacing of numbers near 1 in which the module computes."""
 
@@ -203,7 +225,8 @@ def _visit_by_hooks(
         _check(loss, module, batch, params, known)
         known.checked.add(frozenset(params))
     if known.comparisons and size_of(batch) > 1:
-        shown = check_rows_are_independent(loss, module, batch, known.precision or precision_of(module))
+        with _trained(params.values()):
+            shown = check_rows_are_independent(loss, module, batch, known.precision or precision_of(module))
         known.comparisons = 0 if shown else known.comparisons - 1
     fast = [name for name in params if name not in known.elsewhere]
     visited: list[str] = []
@@ -279,21 +302,18 @@ def _announce(slow: Mapping[str, str], among: int, announced: set[str]) -> None:
 def _visit_by_loop(
     loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], visit: Visit
 ) -> Tensor:
-    for p in params.values():
-        p.requires_grad_(True)
-    try:
-        grads: dict[str, list[Tensor]] = {name: [] for name in params}
-        losses = []
+    grads: dict[str, list[Tensor]] = {name: [] for name in params}
+    losses = []
+    with _trained(params.values()):
         for i in range(size_of(batch)):
             value = loss(module, {key: tensor[i : i + 1] for key, tensor in batch.items()}).sum()
             used = value.requires_grad  # False if the loss uses none of the parameters
+            if i == 0 and used:
+                curvature.graph_leaves(value)  # refuses a graph that hides parameters
             found = gradients_of(value, list(params.values())) if used else [None] * len(params)
             for (name, p), grad in zip(params.items(), found, strict=True):
                 grads[name].append(torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad)
             losses.append(value.detach())
-    finally:
-        for p in params.values():
-            p.requires_grad_(False)
     for name in params:
         visit(name, torch.stack(grads.pop(name)))
     return torch.stack(losses)

@@ -297,6 +297,7 @@ class Problem:
                     "has no backward pass, or the loss was detached; use attention 'sdpa' or 'eager', and no inference "
                     "mode"
                 )
+            curvature.graph_leaves(loss)  # refuses a graph that hides parameters
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         if not all(bool(g.isfinite().all()) for g in grads if g is not None):
             raise Diverged(

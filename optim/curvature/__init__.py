@@ -11,7 +11,7 @@ The rules themselves only read what `refresh` wrote to their state.
 from optim.curvature.gauss_newton import NoCrossEntropy, gauss_newton, gauss_newton_product
 from optim.curvature.hutchinson import draw, hutchinson
 from optim.curvature.hvp import hvp
-from optim.curvature.losses import Loss, Parts, mix, private
+from optim.curvature.losses import Loss, Parts, graph_leaves, mix, private
 from optim.curvature.refresh import CurvatureRule, absorb, refresh
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "draw",
     "gauss_newton",
     "gauss_newton_product",
+    "graph_leaves",
     "hutchinson",
     "hvp",
     "mix",

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from optim.curvature.losses import (
     Parts,
     add,
+    graph_leaves,
     mean_over_ranks,
     mix,
     parts_of,
@@ -146,6 +147,8 @@ def gauss_newton_product(
             "curvature: Gauss-Newton products need a loss computed by torch.nn.functional.cross_entropy of logits, "
             "which this loss does not call"
         )
+    for z in seen.logits:
+        graph_leaves(z)  # refuses a graph that hides parameters
     probes = [torch.zeros_like(z, requires_grad=True) for z in seen.logits]
     pulled = torch.autograd.grad(seen.logits, params, probes, create_graph=True, allow_unused=True)
     used = [(g, v) for g, v in zip(pulled, vectors, strict=True) if g is not None]

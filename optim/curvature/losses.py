@@ -41,12 +41,52 @@ def scalar(loss: Tensor) -> Tensor:
         A 0-d tensor.
 
     Raises:
-        ValueError: If it is not a single number, or does not depend on parameters.
+        ValueError: If it is not a single number, does not depend on parameters, or hides parameters (`graph_leaves`).
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"curvature: loss_fn returned {what}; expected one number that depends on the parameters")
+    graph_leaves(loss)
     return loss.reshape(())
+
+
+def graph_leaves(value: Tensor) -> list[Tensor]:
+    """Return the tensors at which the graph of a value starts.
+
+    Args:
+        value: The value, of any shape.
+
+    Returns:
+        Tensors that require a gradient.
+
+    Raises:
+        ValueError: If a part of the graph is checkpointed with ``use_reentrant=True``. The graph does not contain the
+            operations of that part, so that `torch.autograd.grad` gives its parameters no gradient, without an error.
+
+    Example:
+        >>> from optim import curvature
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> [leaf is w for leaf in curvature.graph_leaves((2 * w).sum())]
+        [True]
+    """
+    found: list[Tensor] = []
+    left, seen = [value.grad_fn], {value.grad_fn}
+    while left:
+        node = left.pop()
+        if node is None:
+            continue
+        if "checkpoint" in node.name().lower():
+            raise ValueError(
+                f"the model uses gradient checkpointing with use_reentrant=True ({node.name()}), which hides "
+                "parameters from torch.autograd.grad, so that their gradients would be 0; use use_reentrant=False, or "
+                "switch it off (gradient_checkpointing_disable())"
+            )
+        if node.name().endswith("AccumulateGrad"):
+            found.append(node.variable)  # type: ignore[attr-defined]
+        new = {parent for parent, _ in node.next_functions} - seen
+        seen |= new
+        left += new
+    return found
 
 
 def add(total: list[Tensor | None], more: Sequence[Tensor | None]) -> None:

@@ -138,6 +138,7 @@ def _empirical(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> list[Tens
             loss = loss_fn()
         if counted.terms == 0:
             raise ValueError("block_sharpness: this loss does not call torch.nn.functional.cross_entropy with a label")
+        curvature.graph_leaves(loss)
         grads = torch.autograd.grad(loss, params, allow_unused=True)
     return [None if g is None else counted.terms * g.to(moment_dtype(g)).square() for g in grads]
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.curvature.losses import rank_count
+from optim.curvature.losses import graph_leaves, rank_count
 from optim.zeroth_order.replay import Loss, NotFinite
 
 
@@ -38,7 +38,9 @@ def exact_gradients(
     try:
         with torch.enable_grad():
             for part in parts:
-                grads = torch.autograd.grad(part(), wanted, allow_unused=True)
+                loss = part()
+                graph_leaves(loss)  # refuses a graph that hides parameters
+                grads = torch.autograd.grad(loss, wanted, allow_unused=True)
                 for i, (before, grad) in enumerate(zip(total, grads, strict=True)):
                     total[i] = before if grad is None else grad if before is None else before + grad
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim import diagnostics
+from optim import curvature, diagnostics
 from pipelines.models.losses import supervised_tokens, token_losses
 from pipelines.rows.rows import Rows
 from pipelines.runs.progress import progress
@@ -97,6 +97,7 @@ def gradients(model: Any, parts: Sequence[Callable[[], Tensor]]) -> dict[str, Te
             loss = part()
             if not bool(loss.detach().isfinite()):
                 raise ValueError(f"the loss is {float(loss.detach())} on these rows")
+            curvature.graph_leaves(loss)
             found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
             total = [b if a is None else a if b is None else a.add_(b) for a, b in zip(total, found, strict=True)]
             bar.advance()

@@ -88,6 +88,12 @@ def checkpointed(self, x):
     return self.b(checkpoint.checkpoint(lambda y: torch.tanh(self.a(y)), x, use_reentrant=False))
 
 
+def watched(self, x):
+    y = torch.tanh(self.a(x))
+    y.register_hook(lambda g: 3 * g)
+    return self.b(y)
+
+
 def packed(self, x):
     rows = nn.utils.rnn.pack_padded_sequence(x, torch.full((len(x),), 4), batch_first=True)
     return nn.utils.rnn.pad_packed_sequence(self.a(rows)[0], batch_first=True)[0]
@@ -115,6 +121,7 @@ EQUAL = {
         squares,
     ),
     "a compiled module": lambda: (torch.compile(Made(two, a=linear(), b=linear()), backend="eager"), squares),
+    "a hook on a tensor": lambda: (Made(watched, a=linear(), b=linear()), squares),
     "checkpointing": lambda: (Made(checkpointed, a=linear(), b=linear()), squares),
     "the gradient of the input": lambda: (Made(two, a=linear(), b=linear()), penalty),
     "the gradient of the input by torch.func": lambda: (Made(two, a=linear(), b=linear()), inner_gradient),
@@ -171,6 +178,11 @@ def reentrant(self, x):
     return self.b(checkpoint.checkpoint(torch.tanh, self.a(x), use_reentrant=True))
 
 
+def reentrant_input(self, x):
+    y = x.detach().requires_grad_(True)  # as `enable_input_require_grads` does
+    return self.b(checkpoint.checkpoint(lambda z: torch.tanh(self.a(z)), y, use_reentrant=True))
+
+
 REFUSED = {
     "a mean over the batch": (lambda: Made(two, a=linear(), b=linear()), of_all_tokens, "alone and .* in a batch of 3"),
     "a contrastive loss": (lambda: Made(two, a=linear(), b=linear()), contrastive, "rows depend on each other"),
@@ -191,6 +203,11 @@ REFUSED = {
     ),
     "a changing buffer": (Average, squares, "changes the buffer 'mean'"),
     "reentrant checkpointing": (lambda: Made(reentrant, a=linear(), b=linear()), squares, "use_reentrant=False"),
+    "reentrant checkpointing of an input": (
+        lambda: Made(reentrant_input, a=linear(), b=linear()),
+        squares,
+        "use_reentrant=False",
+    ),
 }
 
 
@@ -204,6 +221,16 @@ def test_what_has_no_gradient_of_single_rows_is_refused_by_name(kind):
         names = [name for name, _ in module.named_parameters()]
         with pytest.raises(ValueError, match=said):
             per_sample_grads(loss, module, inputs(), names)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "reentrant checkpointing of an input"])
+def test_the_loop_refuses_what_would_be_random_or_zero(kind):
+    make, loss, said = REFUSED[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        module = make().double().eval()
+        with pytest.raises(ValueError, match=said):
+            per_sample_grads(loss, module, inputs(), [name for name, _ in module.named_parameters()], method="loop")
 
 
 def test_what_torch_func_cannot_transform_is_refused_by_name():

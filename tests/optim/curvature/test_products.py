@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
+from torch.utils.checkpoint import checkpoint
 
 from optim import curvature
 from tests.optim.curvature.losses import classifier
@@ -194,3 +195,23 @@ def test_losses_that_do_not_serve_are_refused():
             curvature.hvp(bad, [w], [w.detach()])
     with pytest.raises(ValueError, match="method = 'exakt'"):
         curvature.hvp(loss, [w], [w.detach()], method="exakt")
+
+
+def test_parameters_that_checkpointing_hides_are_refused():
+    """With use_reentrant=True, `torch.autograd.grad` gives them no gradient and does not say so."""
+    inner, outer = torch.nn.Linear(3, 3).double(), torch.nn.Linear(3, 2).double()
+    params = [*inner.parameters(), *outer.parameters()]
+    x, y = randn((5, 3), 1, torch.float64).requires_grad_(), torch.tensor([0, 1, 1, 0, 1])
+
+    def loss() -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outer(checkpoint(inner, x, use_reentrant=True).tanh()), y)
+
+    ones = [torch.ones_like(p) for p in params]
+    for ask in (
+        lambda: curvature.hvp(loss, params, ones),
+        lambda: curvature.hvp(loss, params, ones, method="difference"),
+        lambda: curvature.gauss_newton(loss, params, seed=0),
+        lambda: curvature.gauss_newton_product(loss, params, ones),
+    ):
+        with pytest.raises(ValueError, match="use_reentrant=False"):
+            ask()
