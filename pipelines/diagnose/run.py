@@ -21,6 +21,7 @@ from pipelines.diagnose.looks import Look
 from pipelines.models import load as models
 from pipelines.models.load import LoadedModel
 from pipelines.report import diagnose_page as diagnose_view
+from pipelines.rows import preflight
 from pipelines.rows.inputs import Inputs
 from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run, in_scratch
@@ -48,6 +49,7 @@ def run(config: DiagnoseConfig) -> Path:
         EnvironmentProblem: The model cannot be loaded.
     """
     alone("datatools diagnose")
+    preflight.contradictions(config)
     chosen = [name for name in CHECKS if name in config.checks]
     _check_optimizers(config)
     with in_scratch(config) as kept, Run(kept.out, kept, "diagnose", overwrite=kept.overwrite) as current:

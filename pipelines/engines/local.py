@@ -17,9 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from pipelines.engines import devices
 from pipelines.engines.units import own_name
-from pipelines.runs import threads, workers
+from pipelines.runs import devices, threads, workers
 from pipelines.runs.messages import say, warn
 from pipelines.runs.provenance import ROOT
 from pipelines.settings.base import RunSettings

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pipelines.engines import devices
-from pipelines.runs import workers
+from pipelines.runs import devices, workers
 from pipelines.settings.engine import EngineConfig
 
 _LAUNCHER = (

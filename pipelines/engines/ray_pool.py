@@ -50,7 +50,7 @@ def run(program: Callable[[S], Path], config: S, how: EngineConfig) -> Path:
     out = config.out.absolute()
     current.opened(out)
     with _cluster(how.workers * each) as ray:
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        gpus = _gpus(ray, config)
         say(f"{plural(how.workers, 'Ray actor')} with {'a GPU' if gpus else plural(each, 'thread')} each")
         actor = ray.remote(_Actor).options(num_cpus=each, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
         order = {
@@ -70,6 +70,21 @@ def run(program: Callable[[S], Path], config: S, how: EngineConfig) -> Path:
                 with suppress(Exception):
                     ray.kill(one)
     return config.out
+
+
+def _gpus(ray: Any, config: RunSettings) -> int:
+    """Return the number of GPUs of an actor.
+
+    Raises:
+        EnvironmentProblem: The settings ask for GPUs, and the cluster has none.
+    """
+    device = getattr(getattr(config, "model", None), "device", "auto")
+    there = bool(ray.cluster_resources().get("GPU"))
+    if device == "cuda" and not there:
+        raise EnvironmentProblem(
+            "--device cuda: no node of the Ray cluster has a GPU; start nodes with GPUs, or use --device auto"
+        )
+    return int(there and device in ("auto", "cuda"))
 
 
 class _Actor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipelines.engines import devices, ranks
-from pipelines.runs import threads
+from pipelines.engines import ranks
+from pipelines.runs import devices, threads
 from pipelines.settings.engine import EngineConfig
 from pipelines.texts import plural
 

@@ -25,7 +25,8 @@ from pipelines.models.limits import ModelLimits, limits_of, trained_length
 from pipelines.models.merge import merged
 from pipelines.models.named import find
 from pipelines.models.quiet import quiet
-from pipelines.runs import run_files
+from pipelines.runs import current, devices, run_files
+from pipelines.runs.workers import world_size
 from pipelines.settings import redaction
 from pipelines.settings.parts import ModelConfig
 from pipelines.texts import first_line, named
@@ -90,10 +91,8 @@ def load(
     """
     if (lent := borrowed.find(config.name)) is not None:
         held = lent.model if weights is None else _weights_of(config, weights)
-        if config.dtype == "float32" and held is not None and held.dtype != torch.float32:
-            raise UsageError(
-                f"this works in float32, and the model in memory is in {held.dtype}; give model.float(), or a copy"
-            )
+        if held is not None:
+            _check_held(config, held)
         return LoadedModel(held, lent.tokenizer, None, lent.digests, lent.limits)
     from transformers import AutoTokenizer
 
@@ -125,6 +124,8 @@ def load(
     if apart is not None:
         model = load_adapter(model, apart)
     causal.check(model, config.name)
+    if (run := current.run()) is not None:
+        run.computes_with(config.name, str(model.device), str(model.dtype).removeprefix("torch."))
     return LoadedModel(model, encode, _folder(name), digests, limits)
 
 
@@ -137,7 +138,8 @@ def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
     name, options = resolve(config.name), _hub_options(config)
     if weights is not None:
         name, options = str(weights), {"trust_remote_code": config.trust_remote_code}
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", dtype_of(config)
+    devices.use(config, processes=world_size() > 1)
+    device, dtype = devices.kind(), devices.dtype_of(config)
     if device == "cpu":
         keep_pages()
     read = partial(weight_files.read, name, dtype=dtype, use_safetensors=True, **options)
@@ -159,15 +161,18 @@ def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
     return model.eval()
 
 
-def dtype_of(config: ModelConfig) -> torch.dtype:
-    """Return the dtype in which a model is loaded on this machine.
-
-    Args:
-        config: The configuration of the model.
-    """
-    if config.dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+def _check_held(config: ModelConfig, model: Any) -> None:
+    """Refuse settings that a model in memory does not have; it is neither moved nor converted."""
+    if config.dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        raise UsageError(
+            f"this works in {config.dtype}, and the model in memory is in {model.dtype}; give a copy in "
+            f"{config.dtype}: copy.deepcopy(model).to(torch.{config.dtype})"
+        )
+    if config.device != "auto" and model.device.type != config.device.partition(":")[0]:
+        raise UsageError(
+            f"model.device is {config.device}, and the model in memory is on {model.device}; move it, or leave the "
+            "setting out"
+        )
 
 
 def _with_weights(model: nn.Module, shards: Path) -> nn.Module:

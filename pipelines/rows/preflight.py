@@ -13,11 +13,13 @@ from datatools import Budget, DataError, EnvironmentProblem, UsageError, did_you
 from pipelines.models.named import find
 from pipelines.rows import peek
 from pipelines.rows.input_files import find_sources
+from pipelines.runs import devices
 from pipelines.runs.folder import Run
-from pipelines.runs.workers import alone
+from pipelines.runs.workers import alone, member, world_size
 from pipelines.settings import methods, metrics, names, trackers
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.base import Columns, RunSettings, Settings
+from pipelines.settings.diagnose import DiagnoseConfig
 from pipelines.settings.explain import ExplainConfig
 from pipelines.settings.flags import flag_for
 from pipelines.settings.order import OrderConfig
@@ -72,13 +74,16 @@ def check(config: Settings, command: str = "") -> None:
 
 
 def contradictions(config: Settings) -> None:
-    """Refuse settings that exclude each other. The pipelines call this first.
+    """Refuse settings that exclude each other, or that this machine cannot do. The pipelines call this first.
+
+    Afterwards, this process computes with the device of the settings (`devices.use`).
 
     Args:
         config: The settings.
 
     Raises:
         UsageError: Two settings exclude each other.
+        EnvironmentProblem: The device is not here.
     """
     if isinstance(config, TrainConfig):
         if config.model.adapter is not None and config.lora is not None:
@@ -113,6 +118,31 @@ def contradictions(config: Settings) -> None:
         measured = config.metrics if not isinstance(config, SelectConfig) or config.verify else None
         if measured is not None:
             metrics.check(measured)
+    if isinstance(model := getattr(config, "model", None), ModelConfig):
+        _dtype(config, model.dtype)
+        engine = getattr(config, "engine", None)
+        several = engine is not None and (engine.workers > 1 or engine.name != "local")
+        elsewhere = engine is not None and engine.name == "ray" and member() is None
+        devices.use(model, processes=several or world_size() > 1, elsewhere=elsewhere)
+
+
+def _dtype(config: Settings, dtype: str) -> None:
+    """Refuse a dtype in which a command cannot compute what it promises."""
+    if isinstance(config, OrderConfig) and dtype not in ("auto", "float32"):
+        raise UsageError(
+            f"--dtype {dtype}: `datatools order` computes in float32, because the differences between orders are "
+            "smaller than the rounding of 16 bits; leave it out"
+        )
+    trains = isinstance(config, TrainConfig | AuditConfig | DiagnoseConfig)
+    if isinstance(config, SelectConfig):
+        method = methods.known(config.method)
+        trains = config.verify or method.walks or "gradients" in method.needs
+    if dtype == "float16" and trains:
+        raise UsageError(
+            "--dtype float16: this takes gradients, and nothing scales the loss here, so that gradients of activations "
+            "below 6e-8 would become zero; use bfloat16 or float32 (float16 is for `datatools evaluate` and for "
+            "`datatools select` with --method rds or loss)"
+        )
 
 
 def _order(config: OrderConfig) -> None:

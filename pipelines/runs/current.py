@@ -41,6 +41,15 @@ class Listener(Protocol):
             **fields: Further values of the event.
         """
 
+    def computes_with(self, model: str, device: str, dtype: str) -> None:
+        """Keep where a model was loaded.
+
+        Args:
+            model: Its name in the settings.
+            device: The device.
+            dtype: The dtype of its weights.
+        """
+
     def expect(self, parts: Mapping[str, float]) -> None:
         """Take the estimated duration of each part.
 

@@ -14,7 +14,7 @@ import torch
 
 from datatools import EnvironmentProblem
 from optim import backend
-from pipelines.runs import threads
+from pipelines.runs import devices, threads
 from pipelines.runs.messages import say
 from pipelines.runs.provenance import version
 from pipelines.runs.workers import world_size
@@ -34,9 +34,9 @@ def facts() -> dict[str, Json]:
     Raises:
         EnvironmentProblem: OPTIM_BACKEND names a backend that is not available.
     """
-    cuda = torch.cuda.is_available()
+    cuda = devices.kind() == "cuda"
     found: dict[str, Json] = {
-        "device": torch.cuda.get_device_name(0) if cuda else "cpu",
+        "device": devices.name(),
         "torch": str(torch.__version__),
         **{name: version(name) for name in ("transformers", "peft")},
         "steps": _steps(cuda),
@@ -73,7 +73,7 @@ def keep_threads(recorded: object) -> None:
     now = torch.get_num_threads()
     if type(wanted) is not int or not 1 <= wanted <= MOST_THREADS or wanted == now or not threads.count_is_free():
         return
-    if not torch.cuda.is_available():
+    if devices.kind() != "cuda":
         torch.set_num_threads(wanted)
         say(
             f"threads: {wanted}, as when this run began ({now} is the default here), so that results stay identical; "

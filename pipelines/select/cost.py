@@ -45,7 +45,7 @@ def estimate(context: Context, race: Race | None = None) -> dict[str, Any]:
         if todo or config.dry_run or "seconds_a_token" not in first:
             rate, memory = pace(context, backward="gradients" in method.needs) if todo else (0.0, memory)
             first.setdefault("seconds_a_token", rate)
-            based = "timed on synthetic tokens"
+            based = f"timed on synthetic tokens{f' {cost.place(context.model().model)}' if todo else ''}"
         first.setdefault("spent", began + time.monotonic() - spent)
         rate = first["seconds_a_token"]
         found["tokens"] = max(0, round(sum(whole.values()) - first["given"]))

@@ -59,7 +59,8 @@ def run(config: ExplainConfig) -> dict[str, Any]:
     run_files.refuse_special(folder)
     if text := run_files.note(folder):
         say(text)
-    flags = {"out": folder, "model.trust_remote_code": config.trust_remote_code or None}
+    allowed = config.trust_remote_code or None
+    flags = {"out": folder, "model.trust_remote_code": allowed, "model.device": config.device}
     made_by = load_config(SelectConfig, folder / "run.yaml", flags, wanted=[trust.CODE])
     loaded = models.load(made_by.model, tokenizer_only=True)
     read: dict[str, Any] = {"cache": folder / "inputs", "limits": loaded.limits}

@@ -115,6 +115,7 @@ def check(config: SelectConfig) -> None:
         UsageError: A name is unknown, or the method cannot work with the settings.
     """
     preflight.check_names(config)
+    preflight.contradictions(config)
     optimizers.check(config.warmup)
     if config.selector is not None:
         _check_selector(config, config.selector)

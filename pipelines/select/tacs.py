@@ -20,6 +20,7 @@ METHOD = Method(
     rows="rows picked by relative loss drop",
     needs=("target", "model"),
     forward=("pool", "pool"),
+    walks=True,
     stored=True,
     cost="two forward passes per row of the pool (one for each further target), and a few steps on the target",
     limits="favours short answers, of which one token carries the whole drop (adaptation.length)",

@@ -20,6 +20,7 @@ METHOD = Method(
     rows="rows picked by loss drop",
     needs=("target", "model"),
     forward=("pool", "pool"),
+    walks=True,
     stored=True,
     cost="two forward passes per row of the pool (one for each further target), and a few steps on the target",
     limits="favours rows with a high loss to lose; answer length decides much (adaptation.length)",

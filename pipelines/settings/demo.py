@@ -5,9 +5,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipelines.settings.base import BudgetText, FilePath, RunSettings
+from pipelines.settings.base import BudgetText, FilePath, Name, RunSettings
 from pipelines.settings.marks import ELSEWHERE, Flags
 from pipelines.settings.parts import ModelConfig
+
+
+class DemoModel(ModelConfig):
+    """The model of the demo."""
+
+    name: Name = Field(default="smollm2-135m-instruct", description="another model than the demo's own small one")
 
 
 class DemoConfig(RunSettings):
@@ -20,8 +26,8 @@ class DemoConfig(RunSettings):
     examples = ("datatools demo", "datatools demo --out runs/demo-3 --set seeds=3")
 
     out: FilePath = Field(default=Path("runs/demo"), description="folder of the demo", json_schema_extra=ELSEWHERE)
-    model: Annotated[ModelConfig | None, Flags("name")] = Field(
-        default=None, description="another model than the demo's own small one"
+    model: Annotated[DemoModel, Flags("name device dtype")] = Field(
+        default_factory=DemoModel, description="the model to select for"
     )
     budget: BudgetText = Field(default="5%", description="how much to select")
     seeds: int = Field(

@@ -25,7 +25,7 @@ class DiagnoseConfig(RunSettings):
         "datatools diagnose --model M --data a.jsonl --set probes=50 --set lanczos_steps=50",
     )
 
-    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length")] = Field(
+    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length device dtype")] = Field(
         description="the model to examine, with its adapter if it has one; dtype auto is float32"
     )
     data: Annotated[DataConfig, Flags("paths on_bad_row columns preference")] = Field(

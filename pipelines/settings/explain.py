@@ -6,6 +6,7 @@ from pydantic import Field
 
 from pipelines.settings.base import FilePath, Settings
 from pipelines.settings.marks import METHOD, MODEL, Flag
+from pipelines.settings.parts import Device
 
 
 class ExplainConfig(Settings):
@@ -27,6 +28,9 @@ class ExplainConfig(Settings):
     )
     nearest: Annotated[int, Flag("--nearest", METHOD)] = Field(
         default=5, ge=1, le=1000, description="how many target rows to show"
+    )
+    device: Annotated[Device, Flag("--device", MODEL, "DEVICE")] = Field(
+        default="auto", description="auto, cpu, cuda, cuda:N or mps, for methods whose explanation needs the model"
     )
     trust_remote_code: Annotated[bool, Flag("--trust-remote-code", MODEL)] = Field(
         default=False, description="run the Python code that comes with the run's model"

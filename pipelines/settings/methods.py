@@ -52,6 +52,7 @@ class Method:
         matches_length: Whether the method is the control for answer length.
         selector: How rows are taken by default, a name in `datatools.SELECTORS`.
         forward: The rows that need a forward pass; an audit estimates the cost from them.
+        walks: Whether the model takes steps on the target, which need gradients.
         passes: How often the gradient of a pool row is computed, on average; None is once at each checkpoint.
         candidates: The selections that `verify` compares, if the method has several; the first is the method's own.
         stored: Whether the computed features are kept and may serve another run.
@@ -76,6 +77,7 @@ class Method:
     matches_length: bool = False
     selector: str = "top_k"
     forward: tuple[Literal["pool", "target"], ...] = ()
+    walks: bool = False
     passes: float | None = None
     candidates: tuple[str, ...] = ()
     stored: bool = False

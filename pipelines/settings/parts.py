@@ -1,11 +1,21 @@
 """Sections that several commands share: the model, its rows, adapters, and how a model is trained."""
 
+import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipelines.settings.base import Columns, FilePath, Name, Names, Options, Scalar, Settings
-from pipelines.settings.marks import DATA, MODEL, TRAINING, Flag
+from pipelines.settings.marks import DATA, MODEL, TRAINING, VOLATILE, Flag
+
+
+def _device(value: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", value) is None:
+        raise ValueError(f"{value!r} is no device; expected auto, cpu, cuda, cuda:N (the GPU of this number) or mps")
+    return value
+
+
+Device = Annotated[str, Field(max_length=64), AfterValidator(_device)]
 
 
 class ModelConfig(Settings):
@@ -16,8 +26,16 @@ class ModelConfig(Settings):
     revision: str | None = Field(
         default=None, description="the hub revision (branch, tag or commit); null is the newest"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto is float32 on CPU, bfloat16 on GPU"
+    device: Annotated[Device, Flag("--device", MODEL, "DEVICE")] = Field(
+        default="auto",
+        description="auto, cpu, cuda, cuda:N or mps; auto is the GPU that CUDA counts first, without one the CPU; of "
+        "several workers on a machine each gets a GPU of its own",
+        json_schema_extra=VOLATILE,
+    )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag("--dtype", MODEL, "TYPE")] = Field(
+        default="auto",
+        description="auto is bfloat16 on a GPU of CUDA, otherwise float32; float16 is for forward passes only "
+        "(evaluate, and select with rds or loss)",
     )
     attention: Literal["sdpa", "eager"] = Field(
         default="sdpa",

@@ -253,7 +253,7 @@ class TrainConfig(RunSettings):
         "--set training.zo.eps=1e-2 --set training.zo.q=4 --set training.zo.sparsity=0.5",
     )
 
-    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length")] = Field(
+    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length device dtype")] = Field(
         description="the model to start from"
     )
     data: Annotated[DataConfig, Flags("paths source_key on_bad_row columns preference dedup")] = Field(
@@ -330,7 +330,7 @@ class EvaluateConfig(Settings):
         "datatools evaluate --model M --data mbpp.jsonl --metric code --allow-code-execution",
     )
 
-    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length")] = Field(
+    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length device dtype")] = Field(
         description="the model, with its adapter if it has one"
     )
     data: Annotated[DataConfig, Flags("paths on_bad_row columns preference")] = Field(description="held-out rows")

@@ -54,6 +54,8 @@ class Probe:
     width: int
     length: int
     tokens: int
+    on: str
+    """Where the passes ran, such as "on cpu in float32"."""
 
     def seconds(self, tokens: float, passes: float, *, gradient: bool = True) -> float:
         """Return the seconds of a number of tokens and passes.
@@ -68,7 +70,7 @@ class Probe:
 
     def text(self) -> str:
         """Return what the numbers are based on."""
-        return f"timed on {self.tokens:,} synthetic tokens in rows of {self.length}"
+        return f"timed on {self.tokens:,} synthetic tokens in rows of {self.length}, {self.on}"
 
 
 def probe(module: Any, length: int, *, gradient: bool = True) -> Probe:
@@ -94,7 +96,17 @@ def probe(module: Any, length: int, *, gradient: bool = True) -> Probe:
         fits = [_fit(call, small, large) for call in passes]
     width = params[0].element_size() if params else 4
     used = large["input_ids"].numel() if fits[0][1] else small["input_ids"].numel()
-    return Probe(fits[0], fits[-1], kept, sum(p.numel() for p in params), width, length, used)
+    return Probe(fits[0], fits[-1], kept, sum(p.numel() for p in params), width, length, used, place(module))
+
+
+def place(module: nn.Module) -> str:
+    """Return where a model computes: "on cpu in float32".
+
+    Args:
+        module: The model.
+    """
+    first = next(module.parameters())
+    return f"on {first.device} in {str(first.dtype).removeprefix('torch.')}"
 
 
 @contextmanager

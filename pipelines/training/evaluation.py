@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from datatools import DataError, UsageError, bootstrap_mean, files
 from pipelines.models import load as models
 from pipelines.models.losses import token_losses
+from pipelines.rows import preflight
 from pipelines.rows.prepare import prepare
 from pipelines.rows.rows import Rows
 from pipelines.runs.messages import say
 from pipelines.runs.progress import progress
 from pipelines.runs.workers import rank, world_size
-from pipelines.settings import metrics
 from pipelines.settings.train import EvaluateConfig
 from pipelines.training.accuracy import measure
 
@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         DataError: A row cannot be used, or a loss is not finite.
         EnvironmentProblem: The model cannot be loaded, or a metric cannot be measured on this machine.
     """
-    metrics.check(config.metrics)
+    preflight.contradictions(config)
     loaded = models.load(config.model, merge=False)  # merging into bfloat16 would round a small adapter away
     with files.scratch_folder() as scratch:
         rows = prepare(config.data, config.model, loaded.tokenizer, cache=scratch, label="data", limits=loaded.limits)

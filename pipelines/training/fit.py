@@ -209,7 +209,7 @@ def fit(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=_may_skip_parameters(model),
-        use_cpu=not torch.cuda.is_available() or next(model.parameters()).device.type == "cpu",
+        use_cpu=next(model.parameters()).device.type == "cpu",
         bf16=autocast,
         seed=seed % 2**32,
         data_seed=seed % 2**32,

@@ -75,26 +75,28 @@ class TokenSelection:
         return losses[kept], where[kept]
 
 
-def reference_of(settings: TokensConfig) -> ModelConfig:
-    """Return the configuration of the reference model.
+def reference_of(settings: TokensConfig, model: ModelConfig) -> ModelConfig:
+    """Return the configuration of the reference model, on the device of the model that trains.
 
     Args:
         settings: The settings of token selection.
+        model: The model that trains.
     """
-    return ModelConfig(name=settings.reference, adapter=settings.adapter)
+    return ModelConfig(name=settings.reference, adapter=settings.adapter, device=model.device)
 
 
-def check_reference(settings: TokensConfig, tokenizer: Any) -> Mapping[str, str]:
+def check_reference(settings: TokensConfig, model: ModelConfig, tokenizer: Any) -> Mapping[str, str]:
     """Refuse a reference model with another vocabulary; return what identifies it.
 
     Args:
         settings: The settings of token selection.
-        tokenizer: The tokenizer of the model that trains.
+        model: The model that trains.
+        tokenizer: Its tokenizer.
 
     Raises:
         DataError: Its tokens are others.
     """
-    found = models.load(reference_of(settings), tokenizer_only=True)
+    found = models.load(reference_of(settings, model), tokenizer_only=True)
     if found.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"tokens.reference: {settings.reference} has other tokens than the model that trains, so that their losses "
@@ -103,22 +105,23 @@ def check_reference(settings: TokensConfig, tokenizer: Any) -> Mapping[str, str]
     return found.digests
 
 
-def measured(settings: TokensConfig, rows: Rows, chosen: Sequence[int]) -> TokenSelection:
+def measured(settings: TokensConfig, model: ModelConfig, rows: Rows, chosen: Sequence[int]) -> TokenSelection:
     """Measure the losses of the tokens of all rows under the reference model, in one forward pass.
 
     Args:
         settings: The settings of token selection.
+        model: The model that trains.
         rows: The rows.
         chosen: The numbers of the rows to train on.
 
     Raises:
         DataError: A loss of the reference model is not finite.
     """
-    model = models.load(reference_of(settings)).model
+    reference = models.load(reference_of(settings, model)).model
     found: dict[int, Tensor] = {}
     with torch.inference_mode(), progress("reference losses", len(chosen), "rows") as bar:
-        for group, batch in rows.micro_batches(chosen, BUDGET, model.device):
-            losses, where = token_losses(model, batch)
+        for group, batch in rows.micro_batches(chosen, BUDGET, reference.device):
+            losses, where = token_losses(reference, batch)
             for place, i in enumerate(group):
                 mine = losses[where == place].float().cpu().clone()
                 if not bool(mine.isfinite().all()):

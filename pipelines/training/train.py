@@ -25,6 +25,7 @@ from pipelines.report.drawing import draw_last
 from pipelines.rows import leakage, preflight
 from pipelines.rows.inputs import Inputs
 from pipelines.rows.rows import Rows
+from pipelines.runs import devices
 from pipelines.runs.folder import Run, in_scratch
 from pipelines.runs.messages import say, warn
 from pipelines.runs.progress import progress
@@ -54,6 +55,7 @@ def run(config: TrainConfig) -> Path:
         DataError: A row, a model or a checkpoint cannot be used.
         EnvironmentProblem: A file cannot be read or written, or a package is missing.
     """
+    preflight.contradictions(config)  # before anything looks for GPUs
     with world() as here:
         if here.device.type == "cuda":
             torch.cuda.set_device(here.device)
@@ -61,7 +63,6 @@ def run(config: TrainConfig) -> Path:
 
 
 def _run(config: TrainConfig) -> Path:
-    preflight.contradictions(config)
     given = recipe_of_order = None
     if config.order is not None:
         given, recipe_of_order = order_recipe.read(config.order)
@@ -82,7 +83,9 @@ def _run(config: TrainConfig) -> Path:
                 check_target(config.coreset, None if aims is None else int(aims.usable.sum()))
             more: dict[str, Any] = {}
             if config.tokens is not None:
-                more["reference model"] = dict(token_selection.check_reference(config.tokens, tokenizer.tokenizer))
+                more["reference model"] = dict(
+                    token_selection.check_reference(config.tokens, config.model, tokenizer.tokenizer)
+                )
             inputs.record(**more)  # before other processes look, because outdated results are moved away here
         chosen = np.flatnonzero(rows.usable).tolist()
         recipe, choose = config.training, config.coreset
@@ -150,7 +153,7 @@ def _run(config: TrainConfig) -> Path:
             draw_last(lambda: training_report.render_any(current.folder), saved=done)
             return config.out
         # all weights train; they are float32, and the computation is in bfloat16
-        master = config.training.rounding == "master" and models.dtype_of(config.model) == torch.bfloat16
+        master = config.training.rounding == "master" and devices.dtype_of(config.model) == torch.bfloat16
         master = master and config.lora is None  # adapters are always in float32
         with current.stage("load model"):
             kept_in = config.model.model_copy(update={"dtype": "float32"}) if master else config.model
@@ -162,7 +165,7 @@ def _run(config: TrainConfig) -> Path:
         tokens_to_keep = None
         if config.tokens is not None:
             with current.stage("reference losses"):
-                tokens_to_keep = token_selection.measured(config.tokens, rows, chosen)
+                tokens_to_keep = token_selection.measured(config.tokens, config.model, rows, chosen)
         with current.stage("train"), progress("training", steps, "steps") as bar:
             module = trainable(loaded.model, config.lora, seed=config.seed)
             if recipe_of_order is not None and config.order is not None:
