@@ -48,7 +48,9 @@ if TYPE_CHECKING:
     from datatools.features.store import GradientFeatures as GradientFeatures
     from datatools.files.order_file import Order as Order
     from datatools.gradients import MicroBatches as MicroBatches
+    from datatools.gradients import TokenBudget as TokenBudget
     from datatools.gradients import covered as covered
+    from datatools.gradients import is_out_of_memory as is_out_of_memory
     from datatools.gradients import micro_batches as micro_batches
     from datatools.gradients import per_sample_grads as per_sample_grads
     from datatools.gradients import token_batches as token_batches
@@ -130,6 +132,8 @@ _EXPORTS = {
     "batch_rows": "datatools.features.extract",
     "covered": "datatools.gradients",
     "MicroBatches": "datatools.gradients",
+    "TokenBudget": "datatools.gradients",
+    "is_out_of_memory": "datatools.gradients",
     "micro_batches": "datatools.gradients",
     "per_sample_grads": "datatools.gradients",
     "token_batches": "datatools.gradients",

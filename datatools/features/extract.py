@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from datatools.features.store import GradientFeatures
-from datatools.gradients import Batch, Loss, Method, micro_batches, visit_per_sample_grads
+from datatools.gradients import Batch, Loss, Method, TokenBudget, micro_batches, visit_per_sample_grads
 from datatools.gradients.factors import Factors
 from datatools.projectors import Projector
 from optim import SGDRule, UpdateMap, UpdateRule
@@ -26,7 +26,8 @@ def extract(
     projector: Projector,
     *,
     method: Method = "hooks",
-    token_budget: int = 1024,
+    token_budget: int | TokenBudget = 1024,
+    name: Callable[[str], str] = "row {}".format,
     advance: Callable[[int, int], Any] | None = None,
     rank: int = 0,
     world: int = 1,
@@ -36,7 +37,8 @@ def extract(
 
     Rank u mod world computes unit u, independently of other ranks. The feature of a row depends on the other rows of
     its batch only by rounding. The batches are fixed by the plan, so a run that was killed and resumed writes the same
-    bytes.
+    bytes. A batch that does not fit into memory is repeated in batches half as large, and what follows is computed in
+    these; the bytes are then those of the smaller budget, from the unit at which it happened.
 
     Cost: `visit_per_sample_grads`, the update and the projection; the last two are cheap for LoRA.
     Memory: one batch of `token_budget` tokens, one layer's per-sample gradients (at most 256 MiB for a matrix, or its
@@ -52,7 +54,8 @@ def extract(
             gives plain gradients).
         projector: projector with the store's dimension.
         method: how per-sample gradients are computed; see `per_sample_grads`.
-        token_budget: tokens per batch, including padding.
+        token_budget: tokens per batch, including padding; a `TokenBudget` says when they are halved.
+        name: key -> what errors call the row.
         advance: called with (rows, tokens) after each batch.
         rank: rank of this process.
         world: number of processes that fill the store.
@@ -60,7 +63,8 @@ def extract(
             that an iterator may share units out among processes.
 
     Raises:
-        EnvironmentProblem: if the file system reports an error, such as a full disk.
+        EnvironmentProblem: if the file system reports an error, such as a full disk, or one row alone does not fit
+            into memory.
 
     Example:
         >>> import tempfile
@@ -83,23 +87,25 @@ def extract(
         ([], torch.Size([4, 8]))
 
     """
+    budget = token_budget if isinstance(token_budget, TokenBudget) else TokenBudget(token_budget)
     for unit in store.missing_units(rank, world) if units is None else units:
         keys = store.unit_keys(unit)
         features = torch.zeros(len(keys), projector.dim)
         losses, norms = torch.zeros(len(keys)), torch.zeros(len(keys))
         sizes = [lengths[key] for key in keys]
 
-        def batch_of(rows: list[int], keys: Sequence[str] = keys) -> Batch:
-            return fetch([keys[i] for i in rows])
-
-        for group, batch in micro_batches(sizes, token_budget, batch_of):
-            batch_features, batch_losses, batch_norms = batch_rows(
-                module, loss, batch, updates, projector, method=method
-            )
-            index = torch.tensor(group)
-            features[index], losses[index], norms[index] = batch_features, batch_losses, batch_norms
+        def work(
+            rows: list[int], at: Tensor, keys: Sequence[str] = keys, into: Any = (features, losses, norms)
+        ) -> None:
+            of = [keys[i] for i in rows]
+            found = batch_rows(module, loss, fetch(of), updates, projector, method=method)
+            for held, values in zip(into, found, strict=True):
+                held[at] = values
             if advance is not None:
-                advance(len(group), sum(sizes[i] for i in group))
+                advance(len(rows), sum(lengths[key] for key in of))
+
+        names = [name(key) for key in keys]
+        micro_batches(sizes, budget.tokens, torch.tensor).each(work, budget, names.__getitem__)
         finite = features.isfinite().all(1) & losses.isfinite() & norms.isfinite()
         statuses = [
             "nonfinite" if not ok else "empty" if norm == 0 else "ok"

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from datatools.gradients.memory import TokenBudget, is_out_of_memory, release
 from datatools.gradients.types import Batch
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class MicroBatches(Sequence[tuple[list[int], T]]):
     Args:
         groups: indices of rows.
         batch_of: indices of rows -> their padded batch.
+        lengths: tokens of each row [n], which `each` needs.
 
     Example:
         >>> batches = MicroBatches([[0, 1], [2]], lambda group: [10 * i for i in group])
@@ -69,8 +71,10 @@ class MicroBatches(Sequence[tuple[list[int], T]]):
 
     """
 
-    def __init__(self, groups: Sequence[list[int]], batch_of: Callable[[list[int]], T]) -> None:
-        self.groups, self._batch_of = groups, batch_of
+    def __init__(
+        self, groups: Sequence[list[int]], batch_of: Callable[[list[int]], T], lengths: Sequence[int] | None = None
+    ) -> None:
+        self.groups, self._batch_of, self._lengths = groups, batch_of, lengths
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -83,9 +87,47 @@ class MicroBatches(Sequence[tuple[list[int], T]]):
 
     def __getitem__(self, index: int | slice) -> tuple[list[int], T] | MicroBatches[T]:
         if isinstance(index, slice):
-            return MicroBatches(self.groups[index], self._batch_of)
+            return MicroBatches(self.groups[index], self._batch_of, self._lengths)
         group = self.groups[index]
         return group, self._batch_of(group)
+
+    def each(
+        self, work: Callable[[list[int], T], object], budget: TokenBudget, name: Callable[[int], str] = "row {}".format
+    ) -> None:
+        """Call `work` with each group and its batch; when memory does not suffice, go on with batches half as large.
+
+        The rows that are left are then grouped anew, as with the smaller budget from the start. A row's result depends
+        on the other rows of its batch only by rounding, so the last bits are those of the smaller budget.
+
+        Args:
+            work: (indices of rows, their batch) -> anything. What it keeps of a batch it keeps at its end, because a
+                batch that did not fit is repeated in parts.
+            budget: what the groups were made with; it is halved in place.
+            name: index of a row -> what errors call it.
+
+        Raises:
+            EnvironmentProblem: one row alone does not fit.
+
+        """
+        assert self._lengths is not None, "made without lengths"
+        left = list(self.groups)
+        while left:
+            group = left[0]
+            try:
+                work(group, self._batch_of(group))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(group) == 1:
+                    raise budget.refuse(name(group[0]), self._lengths[group[0]]) from error
+            else:
+                left.pop(0)
+                continue
+            release()  # here, where no traceback holds the tensors of the failed pass
+            budget.halve(max(self._lengths[i] for i in group) * len(group))
+            rows = sorted(i for group in left for i in group)
+            groups = token_batches([self._lengths[i] for i in rows], budget.tokens)
+            left = [[rows[i] for i in group] for group in groups]
 
 
 def micro_batches(lengths: Sequence[int], budget: int, batch_of: Callable[[list[int]], T]) -> MicroBatches[T]:
@@ -106,7 +148,7 @@ def micro_batches(lengths: Sequence[int], budget: int, batch_of: Callable[[list[
         ([([2], ['not to be']), ([0], ['to be']), ([1], ['or'])], 2)
 
     """
-    return MicroBatches(token_batches(lengths, budget), batch_of)
+    return MicroBatches(token_batches(lengths, budget), batch_of, lengths)
 
 
 def pieces(

@@ -10,7 +10,7 @@ from torch import nn
 
 from datatools.features.extract import batch_rows
 from datatools.features.store import GradientFeatures
-from datatools.gradients import Batch, Loss, Method, micro_batches
+from datatools.gradients import Batch, Loss, Method, TokenBudget, micro_batches
 from datatools.projectors import Projector
 from optim import UpdateMap
 
@@ -26,7 +26,8 @@ def extract_preferences(
     projector: Projector,
     *,
     method: Method = "hooks",
-    token_budget: int = 1024,
+    token_budget: int | TokenBudget = 1024,
+    name: Callable[[str], str] = "row {}".format,
     advance: Callable[[int, int], Any] | None = None,
     units: Iterable[int] | None = None,
 ) -> None:
@@ -53,7 +54,8 @@ def extract_preferences(
         updates: the map from gradients to updates; it must be linear, as that of `SGDRule()` is.
         projector: projector with the store's dimension.
         method: how per-sample gradients are computed; see `per_sample_grads`.
-        token_budget: tokens per batch, including padding.
+        token_budget: tokens per batch, including padding, halved as by `extract`.
+        name: key -> what errors call the row.
         advance: called with (pairs, tokens of both answers) after each batch.
         units: the units to compute, as for `extract`; None is all that are missing.
 
@@ -80,19 +82,27 @@ def extract_preferences(
         >>> store.missing_units(), store.take([key]).shape
         ([], torch.Size([1, 8]))
     """
+    budget = token_budget if isinstance(token_budget, TokenBudget) else TokenBudget(token_budget)
     for unit in store.missing_units() if units is None else units:
         keys = store.unit_keys(unit)
         features, norms = torch.zeros(len(keys), projector.dim), torch.zeros(len(keys))
         losses = torch.zeros(len(keys))
         sizes = [lengths[key] for key in keys]
-        for group, index in micro_batches(sizes, token_budget, torch.tensor):
+
+        def work(
+            group: list[int], index: torch.Tensor, keys: Sequence[str] = keys, into: Any = (features, losses)
+        ) -> None:
             of = [keys[i] for i in group]
-            for sign, fetch in ((1.0, chosen), (-1.0, rejected)):
-                found, values, _ = batch_rows(module, loss, fetch(of), updates, projector, method=method)
-                features[index] += sign * found
-                losses[index] += sign * values
+            both = [
+                batch_rows(module, loss, fetch(of), updates, projector, method=method) for fetch in (chosen, rejected)
+            ]
+            for sign, (found, values, _) in zip((1.0, -1.0), both, strict=True):
+                into[0][index] += sign * found
+                into[1][index] += sign * values
             if advance is not None:
                 advance(len(group), sum(2 * lengths[key] for key in of))
+
+        micro_batches(sizes, budget.tokens, torch.tensor).each(work, budget, [name(key) for key in keys].__getitem__)
         norms = features.norm(dim=1)  # of the projected difference: the exact one would need both gradients at once
         finite = features.isfinite().all(1) & losses.isfinite()
         statuses = [

@@ -83,7 +83,7 @@ def _of_setting(setting: Setting) -> inspect.Parameter:
     flag = setting.flag
     if setting.kind is bool:
         return option(flag.name, bool, _help(setting), flag.panel)
-    one: Any = setting.kind
+    one: Any = str if setting.kind is Path else setting.kind  # a Path would lose the second slash of a URL
     annotation = list[one] | None if setting.repeats else one | None
     return option(
         flag.name,

@@ -10,6 +10,7 @@ import torch
 from datatools import UsageError, cluster_sources, did_you_mean
 from pipelines.models.losses import last_states
 from pipelines.rows.rows import Rows
+from pipelines.runs.memory import token_budget
 from pipelines.runs.messages import warn
 from pipelines.runs.progress import progress
 from pipelines.runs.seeds import derive_seed
@@ -82,11 +83,14 @@ def clusters_of(model: Any, rows: Rows, chosen: Sequence[int], clusters: int, *,
     means: dict[int, torch.Tensor] = {}
     lengths = [int(rows.scan.tokens[row]) for row in chosen]
     with torch.inference_mode(), progress("clustering", len(chosen), "rows") as bar:
-        for group, batch in rows.micro_batches(chosen, 4096, model.device):
+
+        def keep(group: list[int], batch: dict[str, torch.Tensor]) -> None:
             hidden = last_states(model, batch["input_ids"]).float().cpu()
             for place, i in enumerate(group):  # padding is on the right and has no effect
                 means[i] = hidden[place, : lengths[i]].mean(0)
             bar.advance(len(group))
+
+        rows.each_batch(keep, chosen, token_budget(4096, "clustering", ""), model.device)
     names, width = [""] * len(rows.pool), len(str(clusters - 1))
     found = torch.stack([means[i] for i in range(len(chosen))])
     numbers = cluster_sources(found, clusters, seed=derive_seed(seed, "clusters")).tolist()

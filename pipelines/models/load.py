@@ -25,7 +25,7 @@ from pipelines.models.limits import ModelLimits, limits_of, trained_length
 from pipelines.models.merge import merged
 from pipelines.models.named import find
 from pipelines.models.quiet import quiet
-from pipelines.runs import current, devices, run_files
+from pipelines.runs import current, devices, memory, run_files
 from pipelines.runs.workers import world_size
 from pipelines.settings import redaction
 from pipelines.settings.parts import ModelConfig
@@ -125,7 +125,8 @@ def load(
         model = load_adapter(model, apart)
     causal.check(model, config.name)
     if (run := current.run()) is not None:
-        run.computes_with(config.name, str(model.device), str(model.dtype).removeprefix("torch."))
+        used = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+        run.provenance.setdefault("models", {})[redaction.hide(config.name)] = used
     return LoadedModel(model, encode, _folder(name), digests, limits)
 
 
@@ -143,7 +144,10 @@ def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
     if device == "cpu":
         keep_pages()
     read = partial(weight_files.read, name, dtype=dtype, use_safetensors=True, **options)
-    with _read_errors(config, None if weights is None else f"checkpoint {weights}"):
+    large = (
+        f"{config.name} in {dtype} does not fit on {device}; use --dtype bfloat16, another --device or a smaller model"
+    )
+    with _read_errors(config, None if weights is None else f"checkpoint {weights}"), memory.explained(large):
         try:
             model = read(attn_implementation=config.attention).to(device)
         except ValueError as error:  # raised before any weight is read

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datatools import MicroBatches, micro_batches
+from datatools import MicroBatches, TokenBudget, micro_batches
 from datatools.compact import Keys, Labels, Names
 from pipelines.models.losses import collate
 from pipelines.rows.encode import Encoder
@@ -121,6 +121,27 @@ class Rows:
             return self.batch([indices[i] for i in group], device)
 
         return micro_batches(lengths, budget, batch_of)
+
+    def each_batch(
+        self,
+        work: Callable[[list[int], dict[str, Tensor]], object],
+        indices: Sequence[int],
+        budget: TokenBudget,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Do some work on rows in padded batches, smaller ones when memory does not suffice (`MicroBatches.each`).
+
+        Args:
+            work: (positions in `indices`, the batch of these rows) -> anything.
+            indices: The rows.
+            budget: The padded tokens of a batch.
+            device: The device of the batches.
+
+        Raises:
+            EnvironmentProblem: One row alone does not fit into memory.
+        """
+        batches = self.micro_batches(indices, budget.tokens, device)
+        batches.each(work, budget, lambda i: self.pool.where(indices[i]))
 
     def tokens(self, where: NDArray[np.bool_] | None = None) -> int:
         """Return the number of tokens of the usable rows.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipelines.runs.ahead import Ahead
 from pipelines.settings.base import Json
@@ -18,6 +18,7 @@ class Listener(Protocol):
     """The methods by which a run receives what happens in it."""
 
     ahead: Ahead | None
+    provenance: dict[str, Any]
 
     def accepts(self, group: str) -> bool:
         """Return whether facts of a group may differ from those that the run began with.
@@ -39,15 +40,6 @@ class Listener(Protocol):
         Args:
             kind: The kind of event.
             **fields: Further values of the event.
-        """
-
-    def computes_with(self, model: str, device: str, dtype: str) -> None:
-        """Keep where a model was loaded.
-
-        Args:
-            model: Its name in the settings.
-            device: The device.
-            dtype: The dtype of its weights.
         """
 
     def expect(self, parts: Mapping[str, float]) -> None:

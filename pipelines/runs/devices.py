@@ -93,7 +93,11 @@ def _check(config: ModelConfig) -> None:
         raise EnvironmentProblem("--device mps: there is no GPU of Apple here; use --device auto")
     if asked.startswith("cuda"):
         if not torch.cuda.is_available():
-            why = "this torch is built without CUDA" if torch.version.cuda is None and torch.version.hip is None else "torch finds none"
+            why = (
+                "this torch is built without CUDA"
+                if torch.version.cuda is None and torch.version.hip is None
+                else "torch finds none"
+            )
             raise EnvironmentProblem(
                 f"--device {asked}: no such GPU here ({why}); nvidia-smi -L lists the GPUs, datatools doctor shows "
                 "those that torch can use, and --device auto takes the CPU where there are none"

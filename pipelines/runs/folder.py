@@ -316,17 +316,6 @@ class Run:
         self.warnings.append(text)
         self.event("warning", text=text)
 
-    def computes_with(self, model: str, device: str, dtype: str) -> None:
-        """Keep in provenance.json where a model was loaded.
-
-        Args:
-            model: Its name in the settings.
-            device: The device.
-            dtype: The dtype of its weights.
-        """
-        found: dict[str, Json] = {"device": device, "dtype": dtype}
-        self.provenance.setdefault("models", {})[redaction.hide(model)] = found
-
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Return the context of a named part of the run, which is announced, timed and logged.
 

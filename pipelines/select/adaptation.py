@@ -29,6 +29,7 @@ from pipelines.models.base import unload
 from pipelines.models.lora import add_lora, lora_parameters
 from pipelines.models.losses import row_losses
 from pipelines.rows.rows import Rows
+from pipelines.runs.memory import token_budget
 from pipelines.runs.progress import Progress, progress
 from pipelines.runs.seeds import derive_seed
 from pipelines.settings.select import SelectConfig
@@ -297,7 +298,7 @@ def _walk(
     def look(step: int) -> None:
         if step in depths:
             grads = [
-                _gradient(setup, module, params, rows, chosen, bar)
+                _gradient(setup, module, list(params.values()), rows, chosen, bar)
                 for rows, chosen in ((setup.target, part.rows), (setup.target, part.held), (setup.pool, generic))
             ]
             found[str(step)] = specificity(*grads)
@@ -352,23 +353,20 @@ def _train(
 
 
 def _gradient(
-    setup: Adaptation,
-    module: Any,
-    params: dict[str, torch.nn.Parameter],
-    rows: Rows,
-    chosen: Sequence[int],
-    bar: Progress,
+    setup: Adaptation, module: Any, params: list[Any], rows: Rows, chosen: Sequence[int], bar: Progress
 ) -> Tensor:
     """Return the gradient of the mean loss over some rows: float32, all adapters in one vector."""
-    total = [torch.zeros_like(p, dtype=torch.float32) for p in params.values()]
-    for group, batch in rows.micro_batches(chosen, setup.config.features.token_budget, module.device):
+    total = [torch.zeros_like(p, dtype=torch.float32) for p in params]
+
+    def add(group: list[int], batch: dict[str, Tensor]) -> None:
         with torch.enable_grad():
             loss = row_losses(module, batch).sum() / len(chosen)
-            grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+            grads = torch.autograd.grad(loss, params, allow_unused=True)
         for held, grad in zip(total, grads, strict=True):
-            if grad is not None:
-                held += grad.float()
+            held += 0 if grad is None else grad.float()
         bar.advance(3 * sum(int(rows.scan.tokens[chosen[i]]) for i in group))
+
+    rows.each_batch(add, chosen, token_budget(setup.config.features.token_budget, LABEL), module.device)
     return torch.cat([one.flatten() for one in total]).cpu()
 
 

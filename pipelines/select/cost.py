@@ -13,6 +13,7 @@ import torch
 from datatools import DatatoolsError, files, visit_per_sample_grads
 from pipelines.engines.share import Share
 from pipelines.models.losses import losses_for, row_losses
+from pipelines.runs.memory import explained
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.provenance import peak_rss_bytes
 from pipelines.select import parameters
@@ -110,7 +111,9 @@ def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[
     times = []
     method: Any = context.config.features.method
     losses = losses_for(method)
-    with torch.random.fork_rng(devices=[]), _as_trained(context) if backward else nullcontext(loaded.model) as module:
+    large = f"rows of {length:,} tokens; use --dtype bfloat16, cut rows with --max-length, or take a smaller model"
+    timed = _as_trained(context) if backward else nullcontext(loaded.model)
+    with torch.random.fork_rng(devices=[]), explained(large), timed as module:
         names: list[str] = []
         if backward:
             names = parameters.covered_by(module, checkpoints.trainable(module), context.config.features)

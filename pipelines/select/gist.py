@@ -27,6 +27,7 @@ from datatools.files import sealed
 from pipelines.models.losses import answer_losses_for, losses_for
 from pipelines.rows.rows import Rows
 from pipelines.runs import following, workers
+from pipelines.runs.memory import token_budget
 from pipelines.runs.messages import library_warnings
 from pipelines.select import gradients, influence, objectives
 from pipelines.select.gradients import At, Recipe, described
@@ -180,15 +181,20 @@ def _target_gradients(at: At, rows: list[int]) -> dict[str, Tensor]:
     how = config.features
     found = {name: torch.zeros(len(rows), *at.plain.params[name].shape) for name in at.names}
     sides = [(1.0, target, losses_for(how.method))]
+    budget = token_budget(how.token_budget, "gradients of the target")
     if config.objective == "dpo":
         loss = answer_losses_for(how.method)
         sides = [(1.0, target, loss), (-1.0, objectives.rejected(at.context, at.context.model()), loss)]
     with library_warnings():
         for sign, answers, loss in sides:
-            for group, batch in answers.micro_batches(rows, how.token_budget, at.module.device):
+
+            def add(group: list[int], batch: dict[str, Tensor], sign: float = sign, loss: Any = loss) -> None:
                 made = per_sample_grads(loss, at.module, batch, at.names, method=how.method)  # type: ignore[arg-type]
-                for name, grad in made.items():
-                    found[name][torch.tensor(group)] += sign * grad.float().cpu()
+                whole = {name: grad.float().cpu() for name, grad in made.items()}  # before anything is added
+                for name, grad in whole.items():
+                    found[name][torch.tensor(group)] += sign * grad
+
+            answers.each_batch(add, rows, budget, at.module.device)
     norms = torch.stack([one.flatten(1).double().square().sum(1) for one in found.values()]).sum(0)
     if dead := [row for row, norm in zip(rows, norms.tolist(), strict=True) if not (np.isfinite(norm) and norm > 0)]:
         raise DataError(

@@ -25,6 +25,7 @@ from optim import SGDRule, UpdateMap, UpdateRule
 from pipelines.engines.units import taken
 from pipelines.models.losses import answer_losses_for, losses_for
 from pipelines.rows.rows import Rows
+from pipelines.runs.memory import token_budget
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.progress import progress
 from pipelines.select import objectives, parameters
@@ -197,10 +198,11 @@ def _fill(
     lengths = {key: int(rows.scan.tokens[first[key]]) for key in missing}
     todo = sum(lengths.values())
     total = todo + sum(int(rows.scan.tokens[i]) for key, i in planned.items() if key not in missing)
-    where = "pool" if rows is context.pool else "target"
+    label = f"gradients of the {'pool' if rows is context.pool else 'target'} at {store.folder.name}"
+    budget = token_budget(context.config.features.token_budget, label)
     with (
         library_warnings(),
-        progress(f"gradients of the {where} at {store.folder.name}", total, "tokens", done=total - todo) as bar,
+        progress(label, total, "tokens", done=total - todo) as bar,
     ):
         extract(
             store,
@@ -211,7 +213,8 @@ def _fill(
             updates,
             projector,
             method=context.config.features.method,  # type: ignore[arg-type]
-            token_budget=context.config.features.token_budget,
+            token_budget=budget,
+            name=lambda key: rows.pool.where(first[key]),
             advance=lambda n, tokens: bar.advance(tokens),
             units=taken(job_of(store, bar, lambda unit: sum(lengths[key] for key in store.unit_keys(unit)))),
         )
@@ -231,9 +234,10 @@ def _fill_pairs(
     config, chosen = context.config, context.wanted
     other = objectives.rejected(context, context.model())
     lengths = {key: max(int(rows.scan.tokens[i]) for rows in (chosen, other)) for key, i in first.items()}
+    label = f"gradients of the target at {store.folder.name}"
     with (
         library_warnings(),
-        progress(f"gradients of the target at {store.folder.name}", 2 * sum(lengths.values()), "tokens") as bar,
+        progress(label, 2 * sum(lengths.values()), "tokens") as bar,
     ):
         extract_preferences(
             store,
@@ -245,7 +249,8 @@ def _fill_pairs(
             updates,
             projector,
             method=config.features.method,  # type: ignore[arg-type]
-            token_budget=config.features.token_budget,
+            token_budget=token_budget(config.features.token_budget, label),
+            name=lambda key: chosen.pool.where(first[key]),
             advance=lambda n, tokens: bar.advance(tokens),
             units=taken(job_of(store, bar, lambda unit: sum(2 * lengths[key] for key in store.unit_keys(unit)))),
         )

@@ -17,6 +17,7 @@ from datatools import GradientFeatures
 from pipelines.engines.units import taken
 from pipelines.models.losses import row_losses
 from pipelines.rows.rows import Rows
+from pipelines.runs.memory import token_budget
 from pipelines.runs.progress import progress
 from pipelines.select.scored import Context, unique_among
 from pipelines.select.stores import FEATURE_VERSION, filling, job_of, open_store
@@ -101,13 +102,16 @@ def losses(
 
         todo = sum(map(tokens_in, missing))
         with progress(label, todo, "tokens") as bar, torch.no_grad():  # not inference_mode: the model may train next
+            budget = token_budget(context.config.features.token_budget, label)
             for unit in taken(job_of(store, bar, tokens_in)):
                 of_unit = [unique[key] for key in store.unit_keys(unit)]
                 values = torch.zeros(len(of_unit))
-                budget = context.config.features.token_budget
-                for group, batch in rows.micro_batches(of_unit, budget, module.device):
+
+                def keep(group: list[int], batch: Any, of: list[int] = of_unit, values: Tensor = values) -> None:
                     values[torch.tensor(group)] = row_losses(module, batch).float().cpu()
-                    bar.advance(sum(int(rows.scan.tokens[of_unit[i]]) for i in group))
+                    bar.advance(sum(int(rows.scan.tokens[of[i]]) for i in group))
+
+                rows.each_batch(keep, of_unit, budget, module.device)
                 write(store, unit, values)
     return read(store, [rows.keys[i] for i in chosen])
 

@@ -14,6 +14,7 @@ from pipelines.engines.units import taken
 from pipelines.models.losses import last_states
 from pipelines.models.states import LAST, pooled, states_and_losses
 from pipelines.rows.rows import Rows
+from pipelines.runs.memory import token_budget
 from pipelines.runs.progress import progress
 from pipelines.select import losses
 from pipelines.select.scored import Context, Scored, from_similarity, spread, unique_among, usable_among
@@ -164,18 +165,29 @@ def _hidden_states(context: Context, kind: str, rows: Rows, chosen: list[int]) -
             return sum(int(rows.scan.tokens[unique[key]]) for key in store.unit_keys(unit))
 
         todo = sum(map(tokens_in, missing))
-        with progress(f"hidden states of the {kind}", todo, "tokens") as bar, torch.inference_mode():
+        label = f"hidden states of the {kind}"
+        budget = token_budget(how.token_budget, label)
+        with progress(label, todo, "tokens") as bar, torch.inference_mode():
             for unit in taken(job_of(store, bar, tokens_in)):
                 keys = store.unit_keys(unit)
                 of_unit = [unique[key] for key in keys]
                 lengths = [int(rows.scan.tokens[row]) for row in of_unit]
                 found, lost = torch.zeros(len(keys), size), torch.zeros(len(keys))
-                for group, batch in rows.micro_batches(of_unit, how.token_budget, model.device):
+
+                def keep(
+                    group: list[int],
+                    batch: dict[str, Tensor],
+                    lengths: list[int] = lengths,
+                    found: Tensor = found,
+                    lost: Tensor = lost,
+                ) -> None:
                     hidden, values = states_and_losses(model, batch, how.layer)
                     long = torch.tensor([lengths[i] for i in group])
                     found[torch.tensor(group)] = pooled(hidden, batch["labels"], long, how.pooling).cpu()
                     lost[torch.tensor(group)] = values.float().cpu()
                     bar.advance(sum(lengths[i] for i in group))
+
+                rows.each_batch(keep, of_unit, budget, model.device)
                 if besides is not None:  # before the states: a run that is killed between the two computes both again
                     besides.add(keys, lost)
                 store.write_unit(unit, found)

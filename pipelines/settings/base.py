@@ -30,20 +30,24 @@ def home(text: str) -> str:
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # a Path has lost the second slash
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):(//?)", re.IGNORECASE)
 
 
-def refuse_url(path: Path) -> Path:
+def refuse_url(path: str | Path) -> Path:
     """Return a path that names a folder or a file; refuse a URL, which would become a folder called "s3:".
 
+    A `Path` has lost the second slash of a URL, so that `ab:/c` may be a folder called "ab:". It counts as a URL if
+    fsspec knows its scheme.
+
     Args:
-        path: The path.
+        path: The path, best as it was typed.
 
     Raises:
         ValueError: It is a URL.
     """
-    if (found := _URL.match(str(path))) is None:
-        return path
+    found = _URL.match(str(path))
+    if found is None or (found[2] == "/" and not (isinstance(path, Path) and _is_scheme(found[1]))):
+        return Path(path)
     rest = str(path)[found.end() :].lstrip("/")
     if found[1].lower() == "file":
         raise ValueError(f"file://{rest} is a URL; give the path itself: /{rest.removeprefix('localhost/')}")
@@ -54,8 +58,18 @@ def refuse_url(path: Path) -> Path:
     )
 
 
+def _is_scheme(name: str) -> bool:
+    from fsspec.registry import known_implementations
+
+    return name.lower() in known_implementations
+
+
 def _home_path(path: Path) -> Path:
-    return refuse_url(Path(home(str(path))))
+    return Path(home(str(path)))
+
+
+def _not_a_url(value: object) -> object:
+    return refuse_url(value) if isinstance(value, str | Path) else value
 
 
 def _listed(value: object) -> object:
@@ -82,7 +96,7 @@ def _columns(value: object) -> object:
 Columns = Annotated[dict[str, str | dict[str, str]], BeforeValidator(_columns)]
 Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(home)]
 Names = Annotated[list[Name], BeforeValidator(_listed), Field(max_length=10_000)]
-FilePath = Annotated[Path, AfterValidator(_home_path)]
+FilePath = Annotated[Path, BeforeValidator(_not_a_url), AfterValidator(_home_path)]
 Paths = Annotated[list[FilePath], BeforeValidator(_listed)]
 BudgetText = Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1, max_length=64)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -16,6 +16,7 @@ from pipelines.models.losses import token_losses
 from pipelines.rows import preflight
 from pipelines.rows.prepare import prepare
 from pipelines.rows.rows import Rows
+from pipelines.runs import memory
 from pipelines.runs.messages import say
 from pipelines.runs.progress import progress
 from pipelines.runs.workers import rank, world_size
@@ -155,12 +156,17 @@ def _sums(
     lengths = [int(rows.scan.tokens[i]) for i in chosen]
     sums, counts = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.int64)
     part = slice(rank(), None, world_size()) if shared else slice(None)
-    for group, batch in rows.micro_batches(chosen, token_budget, model.device)[part]:
+
+    def keep(group: list[int], batch: dict[str, torch.Tensor]) -> None:
         values, where = token_losses(model, batch)
         index = torch.tensor(group)
         sums[index] = torch.zeros(len(group), dtype=torch.float64).index_add(0, where.cpu(), values.double().cpu())
         counts[index] = torch.bincount(where.cpu(), minlength=len(group))
         advance(sum(lengths[i] for i in group))
+
+    budget = memory.token_budget(token_budget, "losses", "token_budget")
+    batches = rows.micro_batches(chosen, token_budget, model.device)[part]
+    batches.each(keep, budget, lambda i: rows.pool.where(chosen[i]))
     if shared and world_size() > 1:
         both = [each.to(model.device) for each in (sums, counts)]
         for each in both:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from datatools import DataError, files
+from pipelines.runs import memory
 from pipelines.runs.messages import warn
 from pipelines.runs.progress import Progress as Bar
 from pipelines.runs.workers import rank
@@ -34,6 +35,14 @@ from pipelines.training.validation import (
     over,
     resume_point,
     step_of,
+)
+
+_TOO_LARGE = (
+    "a step of training does not fit. The rows of a step are computed in parts of at most {:,} padded tokens, whose "
+    "gradients are added up, so that --batch-size hardly matters: set the micro_tokens of this recipe lower (--set "
+    "training.micro_tokens=N, of a warm-up warmup.micro_tokens), which changes results only by rounding, or cut rows "
+    "with --max-length. Where weights and the state of the optimizer alone do not fit, train adapters (--lora-rank 8) "
+    "or without backpropagation (--gradient zo)"
 )
 
 
@@ -260,7 +269,8 @@ def fit(
         weights: Path | None = start
         trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
     else:
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        with memory.explained(_TOO_LARGE.format(recipe.micro_tokens)):
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
         weights = None
     state = trainer.state
     found = judged(state.log_history)

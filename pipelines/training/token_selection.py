@@ -13,6 +13,7 @@ from datatools import DataError
 from pipelines.models import load as models
 from pipelines.models.losses import token_losses
 from pipelines.rows.rows import Rows
+from pipelines.runs.memory import token_budget
 from pipelines.runs.progress import progress
 from pipelines.settings.parts import ModelConfig
 from pipelines.settings.train import TokensConfig
@@ -120,7 +121,8 @@ def measured(settings: TokensConfig, model: ModelConfig, rows: Rows, chosen: Seq
     reference = models.load(reference_of(settings, model)).model
     found: dict[int, Tensor] = {}
     with torch.inference_mode(), progress("reference losses", len(chosen), "rows") as bar:
-        for group, batch in rows.micro_batches(chosen, BUDGET, reference.device):
+
+        def keep(group: list[int], batch: dict[str, Tensor]) -> None:
             losses, where = token_losses(reference, batch)
             for place, i in enumerate(group):
                 mine = losses[where == place].float().cpu().clone()
@@ -129,4 +131,6 @@ def measured(settings: TokensConfig, model: ModelConfig, rows: Rows, chosen: Seq
                                     f"{rows.pool.where(chosen[i])}; name another model")  # fmt: skip
                 found[chosen[i]] = mine
             bar.advance(len(group))
+
+        rows.each_batch(keep, chosen, token_budget(BUDGET, "reference losses", ""), reference.device)
     return TokenSelection(settings.share, found)

@@ -12,6 +12,7 @@ from datatools import DataError, micro_batches
 from pipelines.models.losses import collate, token_losses
 from pipelines.rows.chat.refusals import RowError
 from pipelines.rows.encode import Encoder
+from pipelines.runs import memory
 from pipelines.runs.messages import warn
 from pipelines.training.accuracy.questions import Question, answered
 
@@ -100,11 +101,15 @@ def _cache_is_right(model: Any, options: Sequence[Variant], token_budget: int) -
 def _by_rows(model: Any, options: Sequence[Variant], token_budget: int) -> list[tuple[float, int]]:
     sums, counts = [0.0] * len(options), [0] * len(options)
     lengths = [len(ids) for ids, _ in options]
-    for group, padded in micro_batches(lengths, token_budget, lambda group: collate([options[i] for i in group])):
+
+    def keep(group: list[int], padded: dict[str, torch.Tensor]) -> None:
         values, where = token_losses(model, {name: t.to(model.device) for name, t in padded.items()})
         for place, value in zip(where.tolist(), values.double().tolist(), strict=True):
             sums[group[place]] -= value
             counts[group[place]] += 1
+
+    batches = micro_batches(lengths, token_budget, lambda group: collate([options[i] for i in group]))
+    batches.each(keep, memory.token_budget(token_budget, "options", ""), lambda i: f"option {i + 1} of a question")
     return list(zip(sums, counts, strict=True))
 
 

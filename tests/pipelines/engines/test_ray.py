@@ -1,6 +1,9 @@
 """The engine `ray` on a cluster of several nodes on this machine; without Ray, only how that is said."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -12,6 +15,7 @@ from pipelines.engines import ray_pool
 from pipelines.select import run as select
 from pipelines.settings.engine import EngineConfig
 from pipelines.settings.select import FeaturesConfig
+from tests.conftest import REPOSITORY
 from tests.pipelines.conftest import make_world
 from tests.pipelines.select.looking import outcome
 from tests.tiny import write_rows
@@ -61,8 +65,8 @@ def test_two_nodes_one_of_them_killed_give_the_bytes_of_one_process(tmp_path, mo
     from ray.cluster_utils import Cluster
 
     world = make_world(tmp_path / "world")
-    write_rows(world.pool, 300)
-    features = FeaturesConfig(rows_per_unit=10, token_budget=64)
+    write_rows(world.pool, 120)
+    features = FeaturesConfig(rows_per_unit=5, token_budget=256)
     one = select.run(world.select(tmp_path / "one", features=features))
     monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: a busy machine starves its actors
     cluster = Cluster(
@@ -85,6 +89,36 @@ def test_two_nodes_one_of_them_killed_give_the_bytes_of_one_process(tmp_path, mo
         engine = EngineConfig(name="ray", workers=2, threads=1)
         select.run(world.select(out, features=features, engine=engine))
         assert removed and outcome(out) == outcome(one)
-        print(f"a node was killed after {removed[0]} of 31 units")
+        print(f"a node was killed after {removed[0]} of 24 units")
     finally:
         cluster.shutdown()
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_actors_write_the_bytes_of_local_workers_and_ranks(tmp_path, monkeypatch, workers):
+    """The same selection with one process, with this many workers, as this many ranks, and as this many actors."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    world = make_world(tmp_path / "world")
+    features = FeaturesConfig(rows_per_unit=10, token_budget=256)
+
+    def config(folder, **engine):
+        return world.select(tmp_path / folder, features=features, engine=EngineConfig(threads=1, **engine))
+
+    want = outcome(select.run(config("one")))
+    assert outcome(select.run(config("local", workers=workers))) == want
+    assert outcome(select.run(config("ray", name="ray", workers=workers))) == want
+    replay = f"select {tmp_path / 'one' / 'run.yaml'} --out {tmp_path / 'ranks'} --engine ranks --quiet"
+    launched = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pipelines", *replay.split()],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "RANK": str(rank), "WORLD_SIZE": str(workers)},
+        )
+        for rank in range(workers)
+    ]
+    assert [process.wait() for process in launched] == [0] * workers
+    assert outcome(tmp_path / "ranks") == want

@@ -1,11 +1,15 @@
 """A URL is refused by name wherever a folder, a file or a model is expected; no folder called "s3:" is made."""
 
+from pathlib import Path
+
 import pytest
+from pydantic import ValidationError
 
 from datatools import UsageError
 from pipelines.cli.app import main
 from pipelines.models.named import find
 from pipelines.rows.input_files import find_sources
+from pipelines.settings.train import EvaluateConfig
 
 SELECT = "select --model smollm2 --train pool.jsonl --method random"
 
@@ -61,6 +65,18 @@ def test_rows(given, told):
 def test_models(given, told):
     with pytest.raises(UsageError, match=told):
         find(given)
+
+
+@pytest.mark.parametrize("given", ["ab:/c", "C:/runs", "runs/s3://bucket", "a:b", "~/x:/y"])
+def test_a_colon_makes_no_url(given):
+    assert EvaluateConfig(model="m", data="a", predictions=given).predictions == Path(given).expanduser()
+    assert EvaluateConfig(model="m", data="a", predictions=Path(given)).predictions == Path(given).expanduser()
+
+
+@pytest.mark.parametrize("given", ["s3://b/x", Path("s3://b/x"), "foo+bar://b/x", Path("https://b/x"), "FILE:///x"])
+def test_a_url_is_one_however_it_comes(given):
+    with pytest.raises(ValidationError, match="is a URL"):
+        EvaluateConfig(model="m", data="a", predictions=given)
 
 
 def test_hub_names_stay():
