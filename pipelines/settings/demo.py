@@ -15,6 +15,15 @@ class DemoModel(ModelConfig):
 
     name: Name = Field(default="smollm2-135m-instruct", description="another model than the demo's own small one")
 
+    @classmethod
+    def expand(cls, value: object) -> object:
+        """Return the mapping that a shorthand means, or that of another model's settings.
+
+        Args:
+            value: The value of the section.
+        """
+        return value.model_dump() if isinstance(value, ModelConfig) else super().expand(value)
+
 
 class DemoConfig(RunSettings):
     """Run a complete example in a few minutes on a CPU.

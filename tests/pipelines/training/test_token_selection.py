@@ -61,7 +61,7 @@ def test_a_step_trains_on_the_kept_tokens_whatever_the_micro_batches(world, refe
     loaded = models.load(ModelConfig(name=str(world.model)))
     rows = prepare(DataConfig(paths=[str(world.pool)]), ModelConfig(name=str(world.model)), loaded.tokenizer,
                    cache=tmp_path / "cache", label="data")  # fmt: skip
-    found = measured(own, rows, list(range(60)))
+    found = measured(own, ModelConfig(name=str(world.model)), rows, list(range(60)))
     kept = []
     for row in range(60):
         with torch.no_grad():
