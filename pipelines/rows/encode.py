@@ -19,7 +19,7 @@ from pipelines.rows.labels import labels_of
 from pipelines.rows.row import Row
 
 ON_LONG = ("truncate", "skip", "error")
-_VERSION = "2"  # of the encoding; increase it when the same row gives other tokens or labels
+_VERSION = "3"  # of the encoding; increase it when the same row gives other tokens or labels
 _SPACE = (" ", "\n", "\t")
 _SHORT = 1 << 16  # characters; shorter texts are tokenised as a whole
 _MARGIN = 64  # tokens at the end of a piece of a text that the cut may have changed
@@ -127,7 +127,7 @@ class Encoder:
             ids, labels = found[0], list(found[0])
             flags = ("control_token_in_text",) if self._control.search(row.text) or self._made(row.text, *found) else ()
         elif row.messages:
-            self._refuse_control(_said(row.messages, row.tools))
+            self._refuse_control(_said(row.messages, [*row.tools, row.settings]))
             ids, labels, flags = self._tulu(row) if self._chat == "tulu" else self._templated(row)
         else:
             ids, labels = self._pair(row)
@@ -161,8 +161,11 @@ class Encoder:
         Args:
             rows: The rows.
         """
-        for template in {id(one): one for one in (self._template, self._with_tools) if one is not None}.values():
-            chosen = [row for row in rows if row.messages and self._template_of(row) is template]
+        found: dict[int, tuple[ChatTemplate, list[Row]]] = {}
+        for row in rows:
+            if row.messages and (template := self._template_of(row)) is not None:
+                found.setdefault(id(template), (template, []))[1].append(row)
+        for template, chosen in found.values():
             template.ahead([(row.messages, row.tools) for row in chosen])
 
     def __reduce__(self) -> tuple[Any, ...]:  # for other processes that encode in the same way
@@ -203,7 +206,8 @@ class Encoder:
 
     def _template_of(self, row: Row) -> ChatTemplate | None:
         tools = row.tools or any("tool_calls" in turn for turn in row.messages)
-        return self._with_tools if tools else self._template
+        template = self._with_tools if tools else self._template
+        return template.given(row.settings) if template is not None and row.settings else template
 
     def _templated(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
         template = self._template_of(row)

@@ -97,6 +97,7 @@ class Pool:
             shape.masked,
             shape.flags,
             shape.tools,
+            shape.settings,
         )
 
     def __iter__(self) -> Iterator[Row]:

@@ -150,6 +150,7 @@ def read_part(of: Input, place: Range, options: Options, encoder: Encoder | Data
                 shape.masked,
                 shape.flags,
                 shape.tools,
+                shape.settings,
             )
             made.flags.update(shape.flags)
             made.flags.update({"new_id": own is None, "source_from_file": source is None})

@@ -1,7 +1,7 @@
 """One row of instruction data, a row that cannot be used, and the error that carries such rows."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from datatools import DataError
@@ -33,6 +33,8 @@ class Row:
     """Peculiarities of the row; see `pipelines.rows.formats.Shape`."""
     tools: tuple[Any, ...] = ()
     """Definitions of tools for the template; see `pipelines.rows.formats.Shape`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the template; see `pipelines.rows.formats.Shape`."""
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:

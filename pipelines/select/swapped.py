@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,8 @@ def _line(row: Row, answer: str) -> dict[str, Any]:
         {**turn, **({"content": answer} if k == last else {}), **({"weight": 0} if k in row.masked else {})}
         for k, turn in enumerate(row.messages)
     ]
-    return head | {"messages": turns} | ({"tools": list(row.tools)} if row.tools else {})
+    more = {"tools": list(row.tools), "chat_template_kwargs": json.dumps(row.settings)}
+    return head | {"messages": turns} | {key: value for key, value in more.items() if value not in ([], "{}")}
 
 
 def detected(scores: NDArray[np.float64], swapped: NDArray[np.bool_]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """A Jinja chat template, rendered in the sandbox of transformers in a process with limits."""
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -57,14 +57,21 @@ def _key(written: Sequence[Message], tools: Sequence[Any], template: str | None)
 class Renderer:
     """Renders one template with the special tokens of its tokenizer.
 
+    Args:
+        tokenizer: The tokenizer.
+        template: The template's text.
+        name: What errors call the template.
+        settings: Further variables of the template.
+
     Attributes:
         text: The template as it is rendered, with a fixed day if it prints the date.
         has_blocks: Whether the template defines the loss by {% generation %} blocks.
     """
 
-    def __init__(self, tokenizer: Any, template: str, name: str) -> None:
+    def __init__(self, tokenizer: Any, template: str, name: str, settings: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
         self._name = name
+        self._settings = settings
         self.text = _STRFTIME + template if "strftime_now" in template else template
         self.has_blocks = _GENERATION.search(template) is not None
         self.with_marked_blocks = lru_cache(maxsize=2)(self._mark_blocks)
@@ -154,8 +161,9 @@ class Renderer:
         special: dict[str, str] | None = None,
     ) -> tuple[int, dict[str, Any]]:
         """Return the maximum number of characters, and the arguments of transformers' `render_jinja_template`."""
-        limit = _TEMPLATE_BYTES * (len(written) + 1) + 4 * characters([list(written), list(tools)])
+        limit = _TEMPLATE_BYTES * (len(written) + 1) + 4 * characters([list(written), list(tools), self._settings])
         return limit, {
+            **self._settings,
             "conversations": [[for_template(message) for message in written]],
             "tools": list(tools) or None,
             "documents": None,

@@ -8,10 +8,12 @@ reasoning from them. The offsets of the tokenizer map characters to tokens (`pip
 library computes from the same characters is never used.
 """
 
+import json
 import os.path
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from pipelines.rows.chat.ends import TurnEnds
@@ -21,6 +23,8 @@ from pipelines.rows.chat.refusals import RowError, TooSlow
 from pipelines.rows.chat.render import Renderer
 from pipelines.rows.formats.contents import REASONING_TAG
 from pipelines.rows.formats.shape import Message
+
+_VARIANTS = 256  # templates with the variables of rows that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +44,32 @@ class ChatTemplate:
         text: The template as it is rendered, with a fixed day if it prints the date.
     """
 
-    def __init__(self, tokenizer: Any, template: str, name: str) -> None:
-        self._renderer = Renderer(tokenizer, template, name)
+    def __init__(
+        self, tokenizer: Any, template: str, name: str, settings: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        self._made_with = tokenizer, template, name
+        self._settings = settings
+        self._variants: dict[str, ChatTemplate] = {}
+        self._renderer = Renderer(tokenizer, template, name, settings)
         self._render = self._renderer.render
         self.text = self._renderer.text
         self._takes_tools = re.search(r"\btools\b", template) is not None
         self._ends = TurnEnds(tokenizer)
         self._prompts: dict[tuple[str, bool], str] = {}
+
+    def given(self, settings: Mapping[str, Any]) -> "ChatTemplate":
+        """Return this template with further variables; those that it does not mention change nothing.
+
+        Args:
+            settings: The variables of a row.
+        """
+        mine = {name: value for name, value in settings.items() if re.search(rf"\b{re.escape(name)}\b", self.text)}
+        key = json.dumps(mine, sort_keys=True)
+        if mine and key not in self._variants:
+            if len(self._variants) == _VARIANTS:
+                self._variants.pop(next(iter(self._variants)))
+            self._variants[key] = ChatTemplate(*self._made_with, mine)
+        return self._variants[key] if mine else self
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
         """Return the text of a conversation.
@@ -70,7 +93,7 @@ class ChatTemplate:
         wanted: list[tuple[Sequence[Message], Sequence[Any], str | None]] = []
         for messages, tools in rows:
             try:
-                window = free_window(messages, tools)
+                window = free_window(messages, [*tools, self._settings])
             except RowError:
                 continue
             written = next(ways_to_write(messages))
@@ -98,7 +121,7 @@ class ChatTemplate:
             RowError: The template refuses the row, or changes an answer.
             DataError: The template is not valid.
         """
-        window = free_window(messages, tools)
+        window = free_window(messages, [*tools, self._settings])
         written, text = self._write(messages, tools, window)
         flags = set()
         if tools and not self._takes_tools:

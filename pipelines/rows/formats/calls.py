@@ -39,6 +39,39 @@ def tools_in(given: Given) -> tuple[Any, ...]:
     return ()
 
 
+RESERVED = frozenset(
+    {"messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+     "continue_final_message", "return_assistant_tokens_mask", "bos_token", "eos_token", "pad_token", "unk_token",
+     "sep_token", "cls_token", "mask_token"}
+)  # fmt: skip
+"""Variables of a chat template that come from the conversation and the tokenizer, not from the settings of a row."""
+
+
+def settings_in(given: Given) -> dict[str, Any]:
+    """Return the variables that a row gives to its chat template (`chat_template_kwargs`), as TRL passes them.
+
+    Args:
+        given: The row.
+
+    Raises:
+        Malformed: They are no object, or name something that the conversation or the tokenizer decides.
+    """
+    value = given.get("chat_template_kwargs")
+    in_json = isinstance(value, str)
+    if isinstance(value, str) and value.strip():
+        value = loads(value, "template_settings", "chat_template_kwargs")
+    if value in (None, "") or isinstance(value, str):
+        return {}
+    if not isinstance(value, dict):
+        raise Malformed("template_settings", f"chat_template_kwargs is {json_type(value)}, not an object")
+    if wrong := sorted(RESERVED & value.keys()):
+        raise Malformed(
+            "template_settings",
+            f"chat_template_kwargs sets {wrong[0]}, which the conversation or the tokenizer decides",
+        )
+    return value if in_json else without_nulls(value)  # type: ignore[no-any-return]
+
+
 def tools_of(value: Any, *, plain: bool = False) -> tuple[Any, ...]:
     """Return the definitions of tools in a row: a list of objects, one object, or their JSON.
 

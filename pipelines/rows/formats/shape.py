@@ -1,6 +1,7 @@
 """The content of one row, whatever its format."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
@@ -20,6 +21,8 @@ class Shape:
     """Positions of assistant turns that are only context (in a prompt, or with weight 0) and have no loss."""
     tools: tuple[Any, ...] = ()
     """Definitions of tools, as the row has them."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as enable_thinking, as the row has them in `chat_template_kwargs`."""
     flags: tuple[str, ...] = ()
     """Peculiarities of a usable row: assistant_first, ends_with_user, same_role_twice, role_renamed, parts_joined,
     media_dropped, unwanted_answer, control_characters, bidi_controls."""

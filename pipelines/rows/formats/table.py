@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.rows.formats.alpaca import ALPACA
-from pipelines.rows.formats.calls import tools_in
+from pipelines.rows.formats.calls import settings_in, tools_in
 from pipelines.rows.formats.columns import ANY_FORMAT, Columns
 from pipelines.rows.formats.columns import check_columns as _check_columns
 from pipelines.rows.formats.media import media_flags
@@ -76,7 +76,8 @@ def read_shape(
     shape = known.read(given, mine)
     if tools and not shape.messages:
         raise Malformed("tools", "the row defines tools, which only a conversation (messages) can use")
-    return replace(shape, tools=tools, flags=(*shape.flags, *media_flags(row, shape)))
+    settings = settings_in(given) if shape.messages else {}
+    return replace(shape, tools=tools, settings=settings, flags=(*shape.flags, *media_flags(row, shape)))
 
 
 def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Format, tuple[str, ...]]:

@@ -8,6 +8,8 @@ import pytest
 from datatools import DataError, UsageError
 from pipelines.rows.chat.template import ChatTemplate
 from pipelines.rows.encode import Encoder
+from pipelines.rows.formats.table import read_shape
+from pipelines.rows.jsonl import Malformed
 from pipelines.rows.row import Row
 from tests.pipelines.rows.families import CHATML, FAMILIES, PAIR, byte_level, encoder, reason, row, trained
 
@@ -247,3 +249,35 @@ def test_the_template_of_a_file_is_the_one_that_is_saved(tmp_path):
     saved = Encoder(tokenizer, chat=tmp_path / "mine.jinja", max_length=50).trained_tokenizer()
     assert saved.chat_template == text
     assert Encoder(tokenizer, chat="auto", max_length=50).trained_tokenizer().chat_template == tokenizer.chat_template
+
+
+VARIED = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<off>{% endif %}{{ extra }}"
+
+
+def test_a_row_sets_variables_of_its_template():
+    """transformers, TRL and vLLM pass `chat_template_kwargs` to the template."""
+    encode = with_template(VARIED)
+    plain = row(("user", "hi"), ("assistant", "yes"))
+    cases = {"none": {}, "off": {"enable_thinking": False}, "on": {"enable_thinking": True}, "extra": {"extra": "more"},
+             "unknown": {"other": 1}}  # fmt: skip
+    texts = {}
+    for name, settings in cases.items():
+        one = replace(plain, settings=settings)
+        alone = encode(one)
+        texts[name] = encode._tokenizer.decode(alone.input_ids)
+        encode.ahead([plain, one])
+        assert encode(one) == alone
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        assert texts[name] == encode._tokenizer.apply_chat_template(turns, tokenize=False, **settings)
+    assert texts["none"] == texts["on"] == texts["unknown"] == texts["off"].replace("<off>", "")
+    assert "<off>" in texts["off"] and texts["extra"].endswith("more")
+    assert reason(encode, replace(plain, settings={"extra": "<|im_start|>user"})) == "control_token_in_text"
+
+
+@pytest.mark.parametrize("given", [{"enable_thinking": False, "x": None}, '{"enable_thinking": false}'])
+def test_variables_of_a_row_are_read(given):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    assert read_shape({"messages": turns, "chat_template_kwargs": given}).settings == {"enable_thinking": False}
+    for wrong in ({"add_generation_prompt": True}, {"eos_token": "x"}, [1], "[]"):
+        with pytest.raises(Malformed, match="chat_template_kwargs"):
+            read_shape({"messages": turns, "chat_template_kwargs": wrong})
