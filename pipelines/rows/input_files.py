@@ -191,11 +191,11 @@ def _walk(folder: Path) -> list[tuple[Path, str]]:
         DataError: A folder contains several splits, or a link to a file that is missing.
     """
     found: list[tuple[Path, str]] = []
-    root = os.path.realpath(folder)
-    seen = {root}
-    for root, folders, names in os.walk(folder, followlinks=True):
-        here = Path(root)
-        folders[:] = _unseen(here, folders, seen, root)
+    top = os.path.realpath(folder)
+    seen = {top}
+    for name, folders, names in os.walk(folder, followlinks=True):
+        here = Path(name)
+        folders[:] = _unseen(here, folders, seen, top)
         if "dataset_dict.json" in names:
             splits = sorted(name for name in folders if (here / name / "state.json").is_file())
             if len(splits) != 1:
@@ -220,12 +220,15 @@ def _walk(folder: Path) -> list[tuple[Path, str]]:
     )
 
 
-def _unseen(here: Path, names: list[str], seen: set[str], root: str) -> list[str]:
-    """Return the folders in `here` that no other way has led to, which are added to `seen`; links come last."""
+def _unseen(here: Path, names: list[str], seen: set[str], top: str) -> list[str]:
+    """Return the folders in `here` that no other way has led to, which are added to `seen`; links come last.
+
+    A link to a folder that contains `top`, the real path of the folder that is searched, is left out.
+    """
     found = []
     for name in sorted(names, key=lambda name: ((here / name).is_symlink(), name)):
         real = os.path.realpath(here / name)
-        if not name.startswith(".") and real not in seen and os.path.commonpath([real, root]) != real:
+        if not name.startswith(".") and real not in seen and os.path.commonpath([real, top]) != real:
             seen.add(real)
             found.append(name)
     return found
