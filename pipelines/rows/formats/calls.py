@@ -69,7 +69,7 @@ def settings_in(given: Given) -> dict[str, Any]:
             "template_settings",
             f"chat_template_kwargs sets {wrong[0]}, which the conversation or the tokenizer decides",
         )
-    return value if in_json else without_nulls(value)  # type: ignore[no-any-return]
+    return value if in_json else without_nulls(value)
 
 
 def tools_of(value: Any, *, plain: bool = False) -> tuple[Any, ...]:
