@@ -141,6 +141,29 @@ def drawn(rows: int, settings: CoresetConfig, step: int, seed: int) -> list[int]
     return torch.randperm(rows, generator=generator)[: settings.target_rows].tolist()
 
 
+def check_loss(args: Any) -> None:
+    """Refuse losses of a Trainer that the loss of weighted rows would replace.
+
+    Args:
+        args: The arguments of the Trainer.
+
+    Raises:
+        UsageError: For label smoothing, and for a `loss_type` of TRL other than the mean over tokens.
+    """
+    smoothing = getattr(args, "label_smoothing_factor", 0.0) or 0.0
+    if smoothing > 0:
+        raise UsageError(
+            f"coreset: weighted rows have the plain loss, without label_smoothing_factor={smoothing}; set it to 0, or "
+            "choose without weights (loss_weighting='token', weights='uniform')"
+        )
+    kind = getattr(args, "loss_type", None)
+    if kind not in (None, "nll", "chunked_nll"):
+        raise UsageError(
+            f"coreset: weighted rows have the plain loss, and not loss_type={kind!r}; use 'nll', or choose without "
+            "weights (loss_weighting='token', weights='uniform')"
+        )
+
+
 def check_target(settings: CoresetConfig, rows: int | None) -> None:
     """Refuse a method that needs target rows without any, and target rows that no method reads.
 

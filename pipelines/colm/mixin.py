@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from datatools import CORESET_FEATURES, CORESET_METHODS, FeatureTable, Selection, UsageError
 from pipelines.colm import stored
 from pipelines.colm.choosing import Choosing
-from pipelines.colm.featuring import check_target, drawn
+from pipelines.colm.featuring import check_loss, check_target, drawn
 from pipelines.colm.given import check_visits
 from pipelines.models.finite import FiniteSteps
 from pipelines.models.load import digests_like
@@ -95,6 +95,7 @@ class CoresetMixin(FiniteSteps):
         self.choose = choose if choose is None or isinstance(choose, CoresetConfig) else CoresetConfig(**choose)
         self.source_key = source_key
         self._weights: Tensor | None = None
+        self._weighed = False
         self._numbers: list[int] = []
         self._collector: Any = None
         self._choosing: _Batches | None = None
@@ -108,6 +109,7 @@ class CoresetMixin(FiniteSteps):
         if self._choosing.weighs_rows:
             if self.compute_loss_func is not None:
                 raise UsageError("coreset: compute_loss_func and row weights exclude each other; omit one of them")
+            check_loss(self.args)
             self.compute_loss_func = self._example_loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -133,9 +135,15 @@ class CoresetMixin(FiniteSteps):
         """
         if self._choosing is None:
             return super().training_step(*args, **kwargs)
+        self._weighed = False
         with self._choosing.visiting() as self._collector:
             loss = super().training_step(*args, **kwargs)
         self._collector = None
+        if self._choosing.weighs_rows and not self._weighed:
+            raise UsageError(
+                f"coreset: {type(self).__name__} computes the loss itself, without the weights of the rows; leave out "
+                "its compute_loss, or choose without weights (loss_weighting='token', weights='uniform')"
+            )
         return loss
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -181,7 +189,7 @@ class CoresetMixin(FiniteSteps):
 
     def _example_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """Return the mean of each row over its own tokens, times its weight, over the rows of the whole step."""
-        whole = labels
+        self._weighed, whole = True, labels
         logits, labels = outputs.logits[:, :-1].float(), labels[:, 1:].to(outputs.logits.device)
         tokens = functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100)
         rows = tokens.sum(1) / (labels != -100).sum(1).clamp_min(1)

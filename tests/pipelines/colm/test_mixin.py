@@ -241,6 +241,34 @@ def test_bfloat16(tmp_path):
     )
 
 
+class OwnLoss(CoresetTrainer):
+    """Computes its loss itself, as many trainers do."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def test_weights_of_rows_are_never_left_out_silently(tmp_path):
+    """A loss that does not see the weights would train on the kept rows as if they stood for themselves alone."""
+    weighted = {"choose": CoresetConfig(keep=3, loss_weighting="example"), "source_key": "kind"}
+    with pytest.raises(UsageError, match=r"without label_smoothing_factor=0.3; set it to 0"):
+        build(tmp_path, label_smoothing_factor=0.3, **weighted)
+
+    class Focused(TrainingArguments):
+        loss_type = "dft"
+
+    with pytest.raises(UsageError, match=r"not loss_type='dft'; use 'nll'"):
+        CoresetTrainer(model=tiny(), args=Focused(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
+                       train_dataset=rows_with_sources(), data_collator=pad, **weighted)  # fmt: skip
+    made = build(tmp_path, OwnLoss, **weighted)
+    before = weights(made).clone()
+    with pytest.raises(UsageError, match="OwnLoss computes the loss itself, without the weights of the rows"):
+        made.train()
+    assert torch.equal(weights(made), before)
+    build(tmp_path, OwnLoss, **CHOOSE).train()  # without weights, its loss is used as it is
+
+
 def test_what_another_trainer_refuses(tmp_path):
     with pytest.raises(UsageError, match=r"no column 'dataset', it has \['input_ids', 'labels', 'kind'\]"):
         build(tmp_path, choose=CoresetConfig(keep=3))
