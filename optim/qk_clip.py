@@ -1,5 +1,6 @@
 """QK-clip: query and key weights are scaled down when attention logits become too large."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,7 +16,13 @@ from optim.checks import check_positive
 from optim.roles import roles
 from optim.saved import bare_name
 
+_NORM = r"(rms_?|layer_?)?norm|ln"
+_OF_QUERIES = re.compile(rf"(q|qk|query)_?({_NORM})|({_NORM})_(q|qk|query)")  # and not q_a_layernorm, of latents
 _ROWS = 512  # queries whose logits are computed at a time
+
+
+def _normalises_queries(name: str, module: nn.Module) -> bool:
+    return _OF_QUERIES.fullmatch(name) is not None and not isinstance(module, nn.Identity)
 
 
 class QKClip:
@@ -89,9 +96,9 @@ class QKClip:
                 places = _fused_rows(name, module, parts)
             if not places:
                 continue
-            if isinstance(getattr(module, "q_norm", None), nn.Module):
+            if found := [key for key, child in module.named_children() if _normalises_queries(key, child)]:
                 self.remove()
-                raise ValueError(f"QKClip: {name} normalises its queries (q_norm), which bounds its logits already")
+                raise ValueError(f"QKClip: {name} normalises its queries ({found[0]}), which bounds its logits already")
             for place in places:
                 own = place.layer._parameters.get("weight")
                 if own is None or not own.is_floating_point():

@@ -139,9 +139,20 @@ def test_it_trains_beside_an_optimizer_and_says_what_is_missing():
         QKClip(model, names=("q", "k"))
     with pytest.raises(ValueError, match="threshold = 0"):
         QKClip(model, threshold=0)
-    model.model.layers[0].self_attn.q_norm = torch.nn.LayerNorm(8)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn normalises its queries"):
+
+
+@pytest.mark.parametrize(
+    "name", ["q_norm", "q_layernorm", "q_layer_norm", "query_layernorm", "qk_norm", "ln_q", "norm_query", "q_ln"]
+)
+def test_normalised_queries_are_refused_under_the_names_of_every_model(name):
+    model = llama(4)
+    attention = model.model.layers[0].self_attn
+    setattr(attention, name, torch.nn.LayerNorm(8))
+    with pytest.raises(ValueError, match=rf"layers\.0\.self_attn normalises its queries \({name}\)"):
         QKClip(model)
+    setattr(attention, name, torch.nn.Identity())
+    attention.q_a_layernorm = torch.nn.LayerNorm(8)  # of the latents that queries are made of
+    QKClip(model).remove()
 
 
 def test_copies_of_a_model_are_scaled_alike_and_adapters_are_refused(monkeypatch):
