@@ -19,6 +19,7 @@ from optim.rule import State, UpdateRule
 from optim.saved import (
     adopted_rule,
     bare_name,
+    check_splits,
     check_state,
     kept_keys,
     loaded_state,
@@ -351,6 +352,7 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
     def _verify(self, saved: dict[str, Any]) -> list[UpdateRule]:
         """Check a state dict, and return the rules to continue with, group by group."""
         rules = []
+        check_splits(self.param_groups, saved["param_groups"])
         for index, ((group, _), saved_group) in enumerate(zip(self._offsets(), saved["param_groups"], strict=False)):
             rule = adopted_rule(group, saved_group)
             found = rule.differences(saved_rule(saved_group, rule))

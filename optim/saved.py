@@ -1,6 +1,6 @@
 """Reading saved optimizer states: rules from plain values, states in the rule's dtypes, names without wrappers."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,35 @@ def saved_rule(saved_group: Mapping[str, Any], rule: UpdateRule) -> dict[str, An
     if isinstance(saved_group.get("rule"), Mapping):
         return dict(saved_group["rule"])
     return torch_states.described(saved_group, rule)
+
+
+def check_splits(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a state whose fused matrices were stepped whole by an optimizer that steps their parts, or the reverse.
+
+    Both have their parameters in other groups, so that their order would be blamed.
+
+    Args:
+        groups: The param groups that are loaded into.
+        saved_groups: Those of the state dict.
+
+    Raises:
+        ValueError: One of them splits matrices, and the other does not.
+    """
+    here = any(_splits(group["rule"].describe()) for group in groups if isinstance(group.get("rule"), UpdateRule))
+    there = any(_splits(group.get("rule")) for group in saved_groups)
+    if here != there and any("rule" in group for group in saved_groups):
+        forms = ("whole", "as separate ones")
+        raise ValueError(
+            "load_state_dict: the saved optimizer stepped fused matrices (query, key and value in one) "
+            f"{forms[there]}, and this one steps them {forms[here]}; build it with split_fused={there}"
+        )
+
+
+def _splits(description: Any) -> bool:
+    """Return whether the description of a rule, or of one inside it, names the parts of matrices."""
+    if not isinstance(description, Mapping):
+        return False
+    return bool(description.get("split_sizes")) or any(map(_splits, description.values()))
 
 
 def adopted_rule(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> UpdateRule:

@@ -175,7 +175,7 @@ def _choose(rules: Rules | None, name: str, group: Mapping[str, Any]) -> UpdateR
     if theirs is not None:
         try:
             return rule_from(torch_states.described(group, rule_from({"name": theirs.name, **theirs.settings})))
-        except ValueError:  # weight decay in the momentum, or another switch that no rule here has
+        except ValueError:  # a switch that no rule here has
             pass
     raise ValueError(f"cannot determine which rule wrote the state of {name!r}; pass rules=, one of {', '.join(RULES)}")
 

@@ -158,3 +158,12 @@ def test_the_default_can_be_turned_off_and_given_settings_take_precedence():
     with pytest.raises(ValueError, match="split_fused"):
         settings(split_fused="no")
     assert fused_note(create("adamw", Attention(), lr=0.1)) == ""
+
+
+def test_a_state_of_whole_matrices_is_not_blamed_on_the_order_of_parameters():
+    for name in ("muon", "muon_8bit"):
+        saved, other = (create(name, Attention(), lr=0.1, split_fused=split) for split in (False, True))
+        with pytest.raises(ValueError, match=r"stepped fused matrices .* whole, .* build it with split_fused=False"):
+            other.load_state_dict(saved.state_dict())
+        with pytest.raises(ValueError, match=r"as separate ones, .* build it with split_fused=True"):
+            saved.load_state_dict(other.state_dict())
