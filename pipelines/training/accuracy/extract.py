@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 
+from pipelines.rows.formats.contents import REASONING_TAG
 from pipelines.settings.metrics import REGEX
 
 _GROUPED = r"\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)"  # 1,234,567 and 12,34,567, but neither 3,4 nor 1,2345
@@ -19,6 +20,50 @@ _ALONE = re.compile(rf"\s*\**\(?({_LETTER})\)?(?:[).:,]|\*|\s|$)")
 _BRACKETS = re.compile(rf"\(({_LETTER})\)")
 _WORD = re.compile(r"\s*[AI]\s+(?!(?:because|since|as|is|and|but)\b)[a-z]")  # an article or a pronoun
 _ANSWER_IS = re.compile(r"answer(?:\s+is|\s*:)\s*:?\s*(.+)", re.IGNORECASE)
+
+
+_BOXED = "\\boxed{"
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
+
+
+def after_reasoning(text: str) -> str:
+    r"""Return what follows the reasoning of a text (`</think>`, `[/THINK]`, ...); "" if its reasoning never ends.
+
+    Args:
+        text: The text.
+
+    Example:
+        >>> after_reasoning("<think>3 or 4?</think>\n4"), after_reasoning("<think>3 or"), after_reasoning("4")
+        ('\n4', '', '4')
+    """
+    tags = list(REASONING_TAG.finditer(text))
+    if closed := [tag for tag in tags if tag["close"]]:
+        return text[closed[-1].end() :]
+    return "" if tags and not text[: tags[0].start()].strip() else text
+
+
+def boxed(text: str) -> str | None:
+    r"""Return the content of the last \boxed{...} of a text, with fractions as a/b; None if there is none.
+
+    Args:
+        text: The text.
+
+    Example:
+        >>> boxed(r"so \boxed{\frac{1}{2}} and no more"), boxed("none")
+        ('1/2', None)
+    """
+    _, found, rest = text.rpartition(_BOXED)
+    depth = 1
+    for place, character in enumerate(rest if found else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if not depth:
+            return _without_latex(rest[:place])
+    return None
+
+
+def _without_latex(text: str) -> str:
+    return _TEXT.sub(r"\1", _FRACTION.sub(r"\1/\2", text)) if "\\" in text else text
 
 
 def number(text: str) -> str | None:
@@ -106,16 +151,19 @@ EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
 
 
 def extract(rule: str, text: str) -> str | None:
-    """Return the answer in a text; None if it has none.
+    r"""Return the answer in a text, after its reasoning; None if it has none.
 
     Args:
         rule: A rule of `EXTRACTORS`, or `regex:PATTERN`, which returns its first group or, without groups, its match.
+            A rule of `EXTRACTORS` other than `whole` reads the last `\boxed{...}` alone, if it has an answer.
         text: The text.
     """
+    text = after_reasoning(text)
     if rule.startswith(REGEX):
         found = re.search(rule.removeprefix(REGEX), text, re.MULTILINE)
         return None if found is None else found.group(1 if found.re.groups else 0)
-    return EXTRACTORS[rule](text)
+    inside = None if rule == "whole" else boxed(text)
+    return (EXTRACTORS[rule](inside) if inside is not None else None) or EXTRACTORS[rule](text)
 
 
 def normalised(text: str) -> str:
@@ -128,7 +176,7 @@ def normalised(text: str) -> str:
         >>> normalised(' "The  Cat." ')
         'the cat'
     """
-    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    plain = " ".join(unicodedata.normalize("NFKC", _without_latex(text)).casefold().split())
     return plain.strip("\"'`*.,;:!?()[]{}$ ") or plain
 
 
@@ -161,7 +209,7 @@ def value_of(text: str) -> Decimal | None:
         >>> value_of("$1,200"), value_of("5 %"), value_of("5 apples") is None
         (Decimal('1200'), Decimal('5'), True)
     """
-    plain = text.strip().strip("$€£¥ ").removesuffix("%").strip().rstrip(".").replace("−", "-")
+    plain = _without_latex(text).strip().strip("$€£¥ ").removesuffix("%").strip().rstrip(".").replace("−", "-")
     plain = re.sub(r"^([-+])\s*[$€£¥]", r"\1", plain)
     if grouped := re.match(rf"[-+]?{_GROUPED}", plain):
         plain = grouped[0].replace(",", "") + plain[grouped.end() :]

@@ -19,7 +19,7 @@ from pipelines.runs.progress import progress
 from pipelines.settings.metrics import CODE, EXACT, HARNESS, LOSS, OPTIONS, MetricsConfig, check
 from pipelines.texts import plural
 from pipelines.training.accuracy import harness, options, sandbox
-from pipelines.training.accuracy.extract import equal, extract, rule_for
+from pipelines.training.accuracy.extract import after_reasoning, equal, extract, rule_for
 from pipelines.training.accuracy.questions import Question, questions
 from pipelines.training.accuracy.written import Writer
 
@@ -291,7 +291,7 @@ def _run(found: Plan, texts: Sequence[str], label: str) -> list[str]:
 
 
 def code_of(text: str) -> str:
-    r"""Return the code in a text: its fenced blocks, one after the other, or all of it.
+    r"""Return the code in a text, after its reasoning: its fenced blocks, one after the other, or all of it.
 
     Args:
         text: The text.
@@ -300,6 +300,7 @@ def code_of(text: str) -> str:
         >>> code_of("Here:\n```python\nx = 1\n```\nDone.")
         'x = 1\n'
     """
+    text = after_reasoning(text)
     blocks = _FENCE.findall(text)
     return "\n".join(blocks) if blocks else text
 

@@ -12,7 +12,7 @@ import numpy as np
 from datatools import DataError
 from pipelines.rows.row import Row
 from pipelines.rows.rows import Rows
-from pipelines.training.accuracy.extract import normalised
+from pipelines.training.accuracy.extract import after_reasoning, normalised
 
 MOST_OPTIONS = 32
 """Distinct answers up to which rows count as classification."""
@@ -90,6 +90,7 @@ def _question(rows: Rows, index: int) -> Question | None:
     gold = columns.get("answer") if gold is None else gold
     if isinstance(gold, list) and len(gold) == 1:
         gold = gold[0]
+    answer = after_reasoning(row.answer).strip() or row.answer
     given = isinstance(gold, str | int | float) and not isinstance(gold, bool) and str(gold).strip() != ""
     tests = columns.get("tests")
     if tests is not None and not (isinstance(tests, str) or _texts(tests)):
@@ -97,14 +98,14 @@ def _question(rows: Rows, index: int) -> Question | None:
     asked = Question(
         index,
         row,
-        str(gold) if given else row.answer,
+        str(gold) if given else answer,
         given,
         tests=(tests,) if isinstance(tests, str) else tuple(tests or ()),
     )
     options, labels = _options(columns.get("options"), where)
     if not options:
         return asked
-    return replace(asked, options=options, right=_right(gold if given else row.answer, options, labels, where))
+    return replace(asked, options=options, right=_right(gold if given else answer, options, labels, where))
 
 
 def _cut(row: Row) -> Row | None:

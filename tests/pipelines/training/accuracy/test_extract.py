@@ -38,6 +38,17 @@ from pipelines.training.accuracy.extract import equal, rule_for
         ("line", " \n", None),
         ("last-line", "think\nThe answer is no.\n", "no."),
         ("whole", " a\nb ", "a\nb"),
+        ("line", "<think>\n5 or 6?\n</think>\n\n6", "6"),
+        ("line", "5 or 6?\n</think>6", "6"),  # the prompt has opened the reasoning
+        ("number", "<think>\n5 or 6", None),  # the reasoning did not end
+        ("letter", "[THINK](A)?[/THINK](B)", "B"),
+        ("regex:\\d+", "<think>5</think>6", "6"),
+        ("number", r"\boxed{42}, because 40 + 2 = 42 and not 43", "42"),
+        ("number", r"\boxed{\dfrac{1}{2}} of 3", "1/2"),
+        ("letter", r"(A) or \boxed{B}.", "B"),
+        ("number", r"\boxed{x} is 3", "3"),
+        ("number", r"unclosed \boxed{3", "3"),
+        ("last-line", r"$\boxed{\text{yes}}$", "yes"),
         (r"regex:<(\w+)>", "x <one> <two>", "one"),
         (r"regex:\d+", "x 12", "12"),
         (r"regex:\d+", "x", None),
@@ -65,6 +76,8 @@ def test_rules(rule, text, want):
         ("1,234,567.5", "1234567.5", True),
         ("-$5", "-5", True),
         ("-$5", "5", False),
+        ("yes", r"\text{Yes}", True),
+        ("0.5", r"\tfrac{1}{2}", True),
         (None, "", False),
         ("...", "...", True),
         ("the cat", "cat", False),
@@ -78,6 +91,8 @@ def test_equality(answer, gold, same):
     "gold, turn, want",
     [
         ("18", "9 + 9 = 18\n#### 18", ("number", True)),
+        (r"\frac{1}{2}", r"It is \boxed{\frac{1}{2}}.", ("number", True)),
+        ("yes", "<think>no?</think>yes", ("line", True)),
         ("(C)", "Let us see. So the answer is (C).", ("letter", True)),
         ("valid", "We start.\nSo the answer is valid.", ("last-line", True)),
         ("True", "True", ("line", True)),
@@ -96,7 +111,13 @@ def test_examples(module):
 
 
 @pytest.mark.parametrize(
-    "text, want", [("```python\na\n```\n```\nb\n```", "a\n\nb\n"), ("a = 1", "a = 1"), ("```py\nx", "x")]
+    "text, want",
+    [
+        ("```python\na\n```\n```\nb\n```", "a\n\nb\n"),
+        ("a = 1", "a = 1"),
+        ("```py\nx", "x"),
+        ("<think>```\na\n```</think>b = 1", "b = 1"),
+    ],
 )
 def test_code_stands_in_fences_or_alone(text, want):
     assert measure.code_of(text) == want
