@@ -18,7 +18,7 @@ from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError,
 from pipelines.rows import in_memory
 from pipelines.rows.input_files import HUB, MEMORY, SAVED, Source, saved_files
 from pipelines.rows.json_array import is_array, rows_of_array
-from pipelines.rows.jsonl import Limits, Malformed, is_blank, read_lines, shown
+from pipelines.rows.jsonl import Limits, Malformed, is_blank, read_lines, refuse_other_kinds, shown
 from pipelines.rows.tables.arrow import columns_of_arrow, columns_of_parquet, rows_of_arrow, rows_of_parquet
 from pipelines.rows.tables.csv import rows_of_csv
 from pipelines.rows.tables.values import rows_of_mappings
@@ -168,6 +168,9 @@ def rows_of_stream(file: BinaryIO, form: str, name: str, limits: Limits) -> Iter
         DataError: The file has another form than its name says, or its header cannot be read.
     """
     if form in (".csv", ".tsv"):
+        if file.seekable():
+            refuse_other_kinds(file.read(8), name)
+            file.seek(0)
         yield from rows_of_csv(file, "\t" if form == ".tsv" else ",", limits)
     elif form == ".json":
         yield from rows_of_array(file, name, limits)

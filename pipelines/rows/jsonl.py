@@ -104,13 +104,17 @@ def read_lines(
         number: The number of the first line.
 
     Raises:
-        DataError: The file is UTF-16, compressed, or a table.
+        DataError: The file is UTF-16, compressed, or a table, or its first object takes several lines.
     """
     offset, number = start, number - 1
     piece = file.readline(limits.line_bytes + 1) if end is None or offset < end else b""
-    for magic, what in _NOT_TEXT.items() if not start else ():
-        if piece.startswith(magic):
-            raise DataError(f"{name} is {what}")
+    if not start:
+        refuse_other_kinds(piece, name)
+        if piece.removeprefix(_BOM).strip() == b"{":
+            raise DataError(
+                f"{name} has a JSON object over several lines, and a row is one line; convert it (jq -c . FILE, or "
+                "jq -c '.data[]' FILE if the rows are in a field `data`)"
+            )
     while piece:
         if digest is not None:
             digest.update(piece)
@@ -137,6 +141,21 @@ def read_lines(
         yield Line(number, offset + skip, length - skip - ended, raw)
         offset += length
         piece = file.readline(limits.line_bytes + 1) if end is None or offset < end else b""
+
+
+def refuse_other_kinds(beginning: bytes, name: str) -> None:
+    """Refuse a file of text that is something else by its first bytes.
+
+    Args:
+        beginning: The first bytes, at least 8 if the file has so many.
+        name: The name of the file.
+
+    Raises:
+        DataError: The file is UTF-16, compressed, or a table.
+    """
+    for magic, what in _NOT_TEXT.items():
+        if beginning.startswith(magic):
+            raise DataError(f"{name} is {what}")
 
 
 def is_blank(raw: bytes) -> bool:

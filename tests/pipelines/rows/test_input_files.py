@@ -319,6 +319,14 @@ def test_folders_and_missing_files(tmp_path):
         find_sources([tmp_path / "missing.jsonl"])
     with pytest.raises(DataError, match="UTF-16"):
         read(tmp_path, "text".encode("utf-16"))
+    for name in ("data.csv", "data.tsv"):
+        with pytest.raises(DataError, match=f"{name} is UTF-16"):
+            read(tmp_path, "prompt,completion\na,b\n".encode("utf-16"), name=name)
+        with pytest.raises(DataError, match="let its name end in .gz"):
+            read(tmp_path, gzip.compress(b"prompt,completion"), name=name)
+    for name in ("data.jsonl", "data.json"):
+        with pytest.raises(DataError, match="JSON object over several lines, .* jq -c"):
+            read(tmp_path, json.dumps({"data": [json.loads(JSONL.splitlines()[0])]}, indent=1).encode(), name=name)
     with pytest.raises(DataError, match="let its name end in .gz"):
         read(tmp_path, gzip.compress(JSONL))
     for start, suffix in (
