@@ -106,15 +106,10 @@ def read_lines(
     Raises:
         DataError: The file is UTF-16, compressed, or a table, or its first object takes several lines.
     """
-    offset, number = start, number - 1
+    offset, number, opens = start, number - 1, False
     piece = file.readline(limits.line_bytes + 1) if end is None or offset < end else b""
     if not start:
         refuse_other_kinds(piece, name)
-        if piece.removeprefix(_BOM).strip() == b"{":
-            raise DataError(
-                f"{name} has a JSON object over several lines, and a row is one line; convert it (jq -c . FILE, or "
-                "jq -c '.data[]' FILE if the rows are in a field `data`)"
-            )
     while piece:
         if digest is not None:
             digest.update(piece)
@@ -138,6 +133,12 @@ def read_lines(
             raw = raw[:-1]
         if raw is not None and len(raw) > limits.line_bytes:
             raw = None
+        if number == 2 and opens and raw is not None and raw.lstrip().startswith(b'"'):
+            raise DataError(
+                f"{name} has a JSON object over several lines, and a row is one line; convert it (jq -c . FILE, or "
+                "jq -c '.data[]' FILE if the rows are in a field `data`)"
+            )
+        opens = number == 1 and raw is not None and raw.strip() == b"{"
         yield Line(number, offset + skip, length - skip - ended, raw)
         offset += length
         piece = file.readline(limits.line_bytes + 1) if end is None or offset < end else b""
