@@ -76,7 +76,7 @@ def test_what_is_typed_becomes_settings(tmp_path):
         "files": ["a,1", "b"],
         "kinds": ["a", "b"],
         "loud": True,
-        "where": Path("w"),
+        "where": "w",
     }
     text = " ".join(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output.split())
     assert "kinds: a, b; comma-separated" in text and "a way; one of left, right" in text
