@@ -43,7 +43,7 @@ def check_splits(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Map
     Raises:
         ValueError: One of them splits matrices, and the other does not.
     """
-    here = any(_splits(group["rule"].describe()) for group in groups if isinstance(group.get("rule"), UpdateRule))
+    here = any(_splits(group["rule"].describe()) for group in groups)
     there = any(_splits(group.get("rule")) for group in saved_groups)
     if here != there and any("rule" in group for group in saved_groups):
         forms = ("whole", "as separate ones")

@@ -6,6 +6,7 @@ the memory of a pass and the order of sums.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar, overload
 
@@ -110,7 +111,7 @@ class MicroBatches(Sequence[tuple[list[int], T]]):
 
         """
         assert self._lengths is not None, "made without lengths"
-        left = list(self.groups)
+        left = deque(self.groups)
         while left:
             group = left[0]
             try:
@@ -121,13 +122,13 @@ class MicroBatches(Sequence[tuple[list[int], T]]):
                 if len(group) == 1:
                     raise budget.refuse(name(group[0]), self._lengths[group[0]]) from error
             else:
-                left.pop(0)
+                left.popleft()
                 continue
             release()  # here, where no traceback holds the tensors of the failed pass
             budget.halve(max(self._lengths[i] for i in group) * len(group))
             rows = sorted(i for group in left for i in group)
             groups = token_batches([self._lengths[i] for i in rows], budget.tokens)
-            left = [[rows[i] for i in group] for group in groups]
+            left = deque([rows[i] for i in group] for group in groups)
 
 
 def micro_batches(lengths: Sequence[int], budget: int, batch_of: Callable[[list[int]], T]) -> MicroBatches[T]:

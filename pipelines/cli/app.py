@@ -98,14 +98,14 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
         known = files.explain(error, error.filename or "a file", "use")
         if error.errno in _MACHINE:
             return _complain(str(known), known.exit_code)
-    if isinstance(error, MemoryError | RuntimeError) and "torch" in sys.modules:
+    full = isinstance(error, MemoryError)
+    if isinstance(error, RuntimeError) and "torch" in sys.modules:
         from datatools import is_out_of_memory
 
-        if is_out_of_memory(error):
-            advice = (
-                "use smaller batches (--set features.token_budget=512 or training.micro_tokens=512) or shorter rows"
-            )
-            return _complain(f"out of memory: {advice}", EnvironmentProblem.exit_code)
+        full = is_out_of_memory(error)
+    if full:
+        advice = "use smaller batches (--set features.token_budget=512 or training.micro_tokens=512) or shorter rows"
+        return _complain(f"out of memory: {advice}", EnvironmentProblem.exit_code)
 
     import traceback
 

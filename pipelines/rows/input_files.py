@@ -210,10 +210,10 @@ def _walk(folder: Path) -> list[tuple[Path, str]]:
             folders.clear()
         else:
             found += [(here / name, kind) for name in names if not name.startswith(".") and (kind := _kind(name))]
-            if lost := next((file for file, _ in found if file.is_symlink() and not file.exists()), None):
-                raise DataError(
-                    f"{lost} is a link to {os.readlink(lost)}, which is missing; restore that file, or remove the link"
-                )
+    if lost := next((file for file, _ in found if file.is_symlink() and not file.exists()), None):
+        raise DataError(
+            f"{lost} is a link to {os.readlink(lost)}, which is missing; restore that file, or remove the link"
+        )
     return sorted(
         ((file, kind) for file, kind in found if kind == SAVED or file.is_file()),
         key=lambda item: item[0].relative_to(folder).as_posix(),

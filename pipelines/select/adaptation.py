@@ -362,8 +362,10 @@ def _gradient(
         with torch.enable_grad():
             loss = row_losses(module, batch).sum() / len(chosen)
             grads = torch.autograd.grad(loss, params, allow_unused=True)
-        for held, grad in zip(total, grads, strict=True):
-            held += 0 if grad is None else grad.float()
+        # all converted before any is added: a batch that does not fit is repeated in parts, and must not count twice
+        found = [(held, grad.float()) for held, grad in zip(total, grads, strict=True) if grad is not None]
+        for held, grad in found:
+            held += grad
         bar.advance(3 * sum(int(rows.scan.tokens[chosen[i]]) for i in group))
 
     rows.each_batch(add, chosen, token_budget(setup.config.features.token_budget, LABEL), module.device)

@@ -53,8 +53,9 @@ def _line(row: Row, answer: str) -> dict[str, Any]:
         {**turn, **({"content": answer} if k == last else {}), **({"weight": 0} if k in row.masked else {})}
         for k, turn in enumerate(row.messages)
     ]
-    more = {"tools": list(row.tools), "chat_template_kwargs": json.dumps(row.settings)}
-    return head | {"messages": turns} | {key: value for key, value in more.items() if value not in ([], "{}")}
+    tools = {"tools": list(row.tools)} if row.tools else {}
+    settings = {"chat_template_kwargs": json.dumps(row.settings)} if row.settings else {}
+    return head | {"messages": turns} | tools | settings
 
 
 def detected(scores: NDArray[np.float64], swapped: NDArray[np.bool_]) -> dict[str, float]:

@@ -23,9 +23,7 @@ def tools_in(given: Given) -> tuple[Any, ...]:
     if found := tools_of(given.get("tools")):
         return found
     functions = given.row.get("functions")
-    if isinstance(functions, list) and all(
-        isinstance(one, dict) and {"name", "function"} & set(one) for one in functions
-    ):
+    if isinstance(functions, list) and all(isinstance(one, dict) and _KEYS & one.keys() for one in functions):
         return tools_of(functions, plain=True)
     for column in ("messages", "conversations", "prompt"):
         turns = given.get(column)

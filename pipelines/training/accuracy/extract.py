@@ -20,8 +20,6 @@ _ALONE = re.compile(rf"\s*\**\(?({_LETTER})\)?(?:[).:,]|\*|\s|$)")
 _BRACKETS = re.compile(rf"\(({_LETTER})\)")
 _WORD = re.compile(r"\s*[AI]\s+(?!(?:because|since|as|is|and|but)\b)[a-z]")  # an article or a pronoun
 _ANSWER_IS = re.compile(r"answer(?:\s+is|\s*:)\s*:?\s*(.+)", re.IGNORECASE)
-
-
 _BOXED = "\\boxed{"
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")

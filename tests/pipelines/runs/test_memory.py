@@ -1,6 +1,7 @@
 """Passes that run out of memory go on with smaller batches and the same results; what cannot says what to set."""
 
 import json
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -154,4 +155,10 @@ def test_the_errors_of_torch_are_told_apart(text, memory):
 
 def test_the_command_line_knows_the_error_of_the_cpu(capsys):
     assert app._report(ERRORS["cpu"], ["diagnose"]) == EnvironmentProblem.exit_code
+    assert "error: out of memory: " in capsys.readouterr().err
+
+
+def test_the_command_line_knows_the_error_of_python_before_torch_is_there(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
+    assert app._report(MemoryError(), ["ls"]) == EnvironmentProblem.exit_code
     assert "error: out of memory: " in capsys.readouterr().err
