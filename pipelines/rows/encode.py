@@ -19,7 +19,7 @@ from pipelines.rows.labels import labels_of
 from pipelines.rows.row import Row
 
 ON_LONG = ("truncate", "skip", "error")
-_VERSION = "3"  # of the encoding; increase it when the same row gives other tokens or labels
+_VERSION = "4"  # of the encoding; increase it when the same row gives other tokens or labels
 _SPACE = (" ", "\n", "\t")
 _SHORT = 1 << 16  # characters; shorter texts are tokenised as a whole
 _MARGIN = 64  # tokens at the end of a piece of a text that the cut may have changed

@@ -30,6 +30,7 @@ _LEFT_OUT = {
     "call_text_dropped": "the chat template omits the text of a turn next to its tool calls",
     "tools_dropped": "the chat template omits the definitions of tools",
     "system_dropped": "the chat template omits the system turn",
+    "row_weight_ignored": "a weight of the row (such as the columns weight or train) is ignored",
     "media_dropped": "pictures, sound or video in a column beside the text are ignored",
 }
 """Flags of rows that are kept although their tokens omit a part of them -> the text of the warning."""

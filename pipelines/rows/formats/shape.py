@@ -25,4 +25,4 @@ class Shape:
     """Variables for the chat template, such as enable_thinking, as the row has them in `chat_template_kwargs`."""
     flags: tuple[str, ...] = ()
     """Peculiarities of a usable row: assistant_first, ends_with_user, same_role_twice, role_renamed, parts_joined,
-    media_dropped, unwanted_answer, control_characters, bidi_controls."""
+    media_dropped, unwanted_answer, row_weight_ignored, control_characters, bidi_controls."""

@@ -8,6 +8,7 @@ from pipelines.rows.formats.alpaca import ALPACA
 from pipelines.rows.formats.calls import settings_in, tools_in
 from pipelines.rows.formats.columns import ANY_FORMAT, Columns
 from pipelines.rows.formats.columns import check_columns as _check_columns
+from pipelines.rows.formats.loss_marks import with_lists
 from pipelines.rows.formats.media import media_flags
 from pipelines.rows.formats.messages import MESSAGES
 from pipelines.rows.formats.preference import PREFERENCE
@@ -73,7 +74,7 @@ def read_shape(
     given = Given(row, columns or {}, preference)
     known, mine = detect(row, given.names)
     tools = tools_in(given)
-    shape = known.read(given, mine)
+    shape = with_lists(row, known.read(given, mine), tuple(given.names.values()))
     if tools and not shape.messages:
         raise Malformed("tools", "the row defines tools, which only a conversation (messages) can use")
     settings = settings_in(given) if shape.messages else {}

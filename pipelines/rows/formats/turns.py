@@ -8,6 +8,7 @@ from typing import Any
 from datatools import did_you_mean
 from pipelines.rows.formats.calls import calls_of
 from pipelines.rows.formats.contents import checked_text, emptiness, first_of, text_flags, text_of, visible
+from pipelines.rows.formats.loss_marks import has_no_loss
 from pipelines.rows.formats.shape import Message, Shape
 from pipelines.rows.jsonl import Malformed, json_type, shown
 
@@ -32,8 +33,6 @@ _MEANING = ROLES | dict.fromkeys(TOOL_ROLES, "tool") | dict.fromkeys(CALL_ROLES,
 """Every accepted role name -> the role that the template gets."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which a turn may have its reasoning."""
-WEIGHTS = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_mask")
-"""Keys under which a turn says whether it has loss: OpenAI's, axolotl's, verl's, ms-swift's and LLaMA-Factory's."""
 
 KEYS = ("role", "content", "from", "value")
 """The keys of a turn, which a `columns` mapping may translate."""
@@ -110,29 +109,10 @@ def turns_of(value: list[Any], columns: Mapping[str, str]) -> tuple[list[Message
         for key in ("name", "tool_call_id"):
             if name == "tool" and isinstance(turn.get(key), str):
                 message[key] = turn[key]
-        if name == "assistant" and _has_no_loss(turn, k):
+        if name == "assistant" and has_no_loss(turn, k):
             masked.add(len(turns))
         turns.append(message)
     return turns, masked, flags
-
-
-def _has_no_loss(turn: Mapping[str, Any], k: int) -> bool:
-    """Return whether an assistant turn says that it has no loss.
-
-    Raises:
-        Malformed: It says something else than yes or no.
-    """
-    said = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}
-    for key, value in said.items():
-        if value not in (0, 1):  # also False and True
-            raise Malformed("turn_weight", f"turn {k + 1} has {key} {shown(repr(value), 30)}; expected 0 or 1")
-    if parts := turn.get("train_detail"):
-        raise Malformed(
-            "turn_weight",
-            f"turn {k + 1} has loss on parts of its text (train_detail: {shown(repr(parts), 40)}), which is not "
-            "supported; split it into turns with and without loss (weight)",
-        )
-    return any(value == 0 for value in said.values())
 
 
 def conversation(turns: list[Message], masked: set[int], flags: set[str]) -> Shape:

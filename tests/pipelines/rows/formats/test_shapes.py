@@ -6,6 +6,7 @@ import pytest
 
 from datatools import DataError, UsageError
 from pipelines.rows.formats.contents import visible
+from pipelines.rows.formats.loss_marks import LOSS, NO_LOSS
 from pipelines.rows.formats.shape import Shape
 from pipelines.rows.formats.table import read_shape
 from pipelines.rows.jsonl import Malformed
@@ -342,9 +343,10 @@ def test_reasoning_and_tools_are_read_in_one_form():
     assert row.answer == 'r\na\n{"name": "f", "arguments": {"x": 1}}' and row.whole == f"q\n{row.answer}"
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_mask"])
+@pytest.mark.parametrize("key", [*LOSS, *NO_LOSS])
 def test_turns_without_loss_under_the_names_of_every_trainer(key):
     for no, yes in ((0, 1), (False, True), (0.0, 1.0)):
+        no, yes = (yes, no) if key in NO_LOSS else (no, yes)
         turns = [
             turn("user", "q", **{key: yes}),  # a turn of the user has no loss in any case
             turn("assistant", "a", **{key: no}),
@@ -354,13 +356,107 @@ def test_turns_without_loss_under_the_names_of_every_trainer(key):
             turn("assistant", "c", **{key: None}),
         ]
         assert read_shape({"messages": turns}).masked == {1}
-    both = [
-        turn("user", "q"),
-        turn("assistant", "a", **{"weight": 1, "train": True, key: 0}),
-        turn("user", "q"),
-        turn("assistant", "b"),
-    ]
-    assert read_shape({"messages": both}).masked == {1}
+        both = [
+            turn("user", "q"),
+            turn("assistant", "a", **{"weight": 1, "train": True, key: no}),
+            turn("user", "q"),
+            turn("assistant", "b"),
+        ]
+        assert read_shape({"messages": both}).masked == {1}
+        assert read_shape({"prompt": both[:1], "completion": both[1:]}).masked == {1}
+
+
+MARKS = ["mask", "Mask", "is_masked", "lossMask", "no_loss", "ignore_loss", "loss_scale", "token_weights", "supervised"]
+
+
+@pytest.mark.parametrize("key", MARKS)
+@pytest.mark.parametrize("value", [0, 1, True, False, 0.5, [0, 1]])
+def test_marks_of_an_unknown_meaning_are_refused_in_answers(key, value):
+    turns = [turn("user", "q", **{key: value}), turn("assistant", "a", **{key: value}), turn("assistant", "b")]
+    for row in ({"messages": turns}, {"conversations": turns}, {"prompt": turns[:1], "completion": turns[1:]}):
+        with pytest.raises(Malformed, match=rf"turn_weight: turn \d has '{key}' .*say it with 'weight'"):
+            read_shape(row)
+    for other in (None, "a text"):
+        answers = [turn("assistant", "a", **{key: other}), turn("assistant", "b")]
+        assert read_shape({"messages": [turns[0], *answers]}).masked == set()
+    for name in ("train_id", "mask_token_id", "trainer", "weight_class", "glossary", "unlearned"):
+        read_shape({"messages": [turns[0], turn("assistant", "a", **{name: value})]})
+
+
+@pytest.mark.parametrize("key", [*LOSS, *NO_LOSS])
+def test_lists_with_a_value_for_each_turn_are_followed(key):
+    dialog = [turn("user", "q"), turn("assistant", "a"), turn("user", "r"), turn("assistant", "b")]
+    system = [turn("system", "s"), *dialog]
+    yes, no = (0, 1) if key in NO_LOSS else (1, 0)
+    for row, values, masked in [
+        ({"messages": dialog}, [no, no, no, yes], {1}),
+        ({"messages": dialog}, [yes, yes, yes, no], {3}),
+        ({"messages": dialog}, [yes, no], {3}),  # for each answer
+        ({"messages": dialog}, [bool(yes)] * 4, set()),
+        ({"messages": system}, [no, no, no, no, yes], {2}),
+        ({"messages": system}, [no, no, no, yes], {2}),  # without the system turn
+        ({"conversations": dialog, "system": "s"}, [no, no, no, yes], {2}),
+        ({"instruction": "r", "output": "b", "history": [["q", "a"]]}, [no, yes], {1}),
+        ({"prompt": dialog[:1], "completion": dialog[1:]}, [no, no, no, yes], {1}),
+    ]:
+        assert read_shape({**row, key: values}).masked == masked, (row, values)
+        assert read_shape({**row, key: json.dumps(values)}).masked == masked  # a cell of a CSV file
+    for values in ([no] * 4, [no] * 2):
+        with pytest.raises(Malformed, match="no_trained_turn"):
+            read_shape({"messages": dialog, key: values})
+    both = [dialog[0], turn("assistant", "a", weight=0), *dialog[2:]]
+    assert read_shape({"messages": both, key: [yes] * 4}).masked == {1}
+
+
+CHAT = {"messages": [turn("user", "q"), turn("assistant", "a"), turn("user", "r"), turn("assistant", "b")]}
+
+
+@pytest.mark.parametrize(
+    ("row", "more"),
+    [
+        (CHAT, {"loss_mask": [0, 1, 1]}),
+        (CHAT, {"loss_mask": [0, 0, 0, 0.5]}),
+        (CHAT, {"loss_mask": [[0, 1], [1]]}),
+        (CHAT, {"mask": [0, 1, 0, 1]}),  # 1 with loss, or without?
+        (CHAT, {"mask": "assistant"}),
+        (CHAT, {"label": [0, 1]}),
+        (CHAT, {"labels": [-100, -100, 5, 6]}),
+        (CHAT, {"labels": [3, 4, 5], "input_ids": [3, 4, 5]}),
+        (CHAT, {"assistant_masks": [0] * 5 + [1] * 3}),
+        (CHAT, {"completion_mask": [0] * 5 + [1] * 3}),
+        (CHAT, {"attention_mask": [1, 1, 0, 1]}),
+        (CHAT, {"attention_mask": [1, 2, 3]}),
+        ({"text": "t"}, {"loss_mask": [0, 1]}),
+        ({"text": "t"}, {"masked": [True, False]}),
+        ({"text": "t"}, {"labels": [-100, 4], "input_ids": [3, 4]}),
+        ({"text": "t"}, {"attention_mask": [0, 1, 0, 1, 0]}),
+        ({"prompt": "q", "completion": "a"}, {"loss_mask": [0, 1]}),
+        ({"prompt": "q", "completion": "a"}, {"completion_mask": [0, 1]}),
+        ({"instruction": "q", "output": "a"}, {"loss_weights": [0.5, 1.0]}),
+    ],
+)
+def test_lists_that_cannot_be_followed_are_refused_by_name(row, more):
+    column = next(iter(more))
+    for held in (more, {key: json.dumps(value) for key, value in more.items() if isinstance(value, list)}):
+        if held:
+            with pytest.raises(Malformed, match=f"row_mask: .*{column}.*"):
+                read_shape({**row, **held})
+    assert read_shape({**row, column: None}) == read_shape(row) == read_shape({**row, column: []})
+
+
+def test_columns_that_say_nothing_about_loss_stay():
+    for row, more in [
+        (CHAT, {"attention_mask": [0, 1, 1, 1, 0, 0], "input_ids": [3, 4]}),
+        (CHAT, {"mask": "User", "type": "TEXT_TO_VALUE"}),  # NeMo's: the role without loss
+        (CHAT, {"labels": ["maths", "easy"], "label": 1, "train_ids": [1, 2], "weights_file": "x"}),
+        ({"text": "t"}, {"labels": [0, 1, 0], "loss_mask": [1, 1], "masked": [0, 0], "attention_mask": [1, 1]}),
+        ({"text": "t"}, {"labels": [3, 4], "input_ids": [3, 4], "loss": 2.25}),
+        (CHAT, {"weight": 1, "train": True, "masked": False, "loss": 0.7}),
+    ]:
+        assert read_shape({**row, **more}) == read_shape(row)
+    for more in ({"weight": 0.25}, {"train": False}, {"masked": True}, {"loss_weight": 2}):
+        assert read_shape({**CHAT, **more}).flags == ("row_weight_ignored",)
+    assert read_shape({"said": "t", "loss_mask": [0, 1]}, {"text": "said", "gold": "loss_mask"}).text == "t"
 
 
 def test_media_beside_a_text_are_counted():
