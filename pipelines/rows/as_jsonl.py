@@ -1,8 +1,8 @@
 """Inputs of every kind as JSONL files on disk.
 
-JSONL files are read in place. Compressed files, JSON arrays, CSV, Parquet, Arrow, folders of `save_to_disk` and data
-sets of the hub are first written as JSONL into a cache folder. Every run writes this cache again, so that an outdated
-or damaged copy is never read.
+JSONL files are read in place, unless their folders name columns (`partitions`). Compressed files, JSON arrays, CSV,
+Parquet, Arrow, folders of `save_to_disk` and data sets of the hub are first written as JSONL into a cache folder. Every
+run writes this cache again, so that an outdated or damaged copy is never read.
 """
 
 import gzip
@@ -19,6 +19,7 @@ from pipelines.rows import in_memory
 from pipelines.rows.input_files import HUB, MEMORY, SAVED, Source, saved_files
 from pipelines.rows.json_array import is_array, rows_of_array
 from pipelines.rows.jsonl import Limits, Malformed, is_blank, read_lines, refuse_other_kinds, shown
+from pipelines.rows.partitions import with_partition
 from pipelines.rows.tables.arrow import columns_of_arrow, columns_of_parquet, rows_of_arrow, rows_of_parquet
 from pipelines.rows.tables.csv import rows_of_csv
 from pipelines.rows.tables.values import rows_of_mappings
@@ -49,7 +50,7 @@ def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[in
         path = _unpack(path, source.packing, _cached(source, cache, kind), limits)
     if kind == ".json" and path is not None and not is_array(path):
         kind = ".jsonl"  # many .json files hold one row per line
-    if kind in {".jsonl", ".ndjson"}:
+    if kind in {".jsonl", ".ndjson"} and not source.partition:
         assert path is not None
         return path, {}
     out = _cached(source, cache, ".jsonl")
@@ -64,7 +65,10 @@ def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[in
     size = None if source.path is None else source.size()
     with files.atomic_path(out, durable=False) as temporary, open(temporary, "wb") as file:
         written = 0
-        for number, row in enumerate(_rows(source, path, kind, limits), start=1):
+        rows = _rows(source, path, kind, limits)
+        if source.partition:
+            rows = with_partition(rows, source.partition, limits)
+        for number, row in enumerate(rows, start=1):
             if isinstance(row, Malformed):
                 problems[number] = row
                 row = b""
@@ -132,6 +136,10 @@ def _rows(source: Source, path: Path | None, kind: str, limits: Limits) -> Itera
     elif kind in (".arrow", ".feather", SAVED):
         for part in saved_files(path) if kind == SAVED else [path]:
             yield from rows_of_arrow(part, source.name, limits)
+    elif kind in (".jsonl", ".ndjson"):  # blank lines, too, so that numbers of lines stay
+        with reading(path) as file:
+            for line in read_lines(file, source.name, limits):
+                yield _too_long(limits) if line.raw is None else b"" if is_blank(line.raw) else line.raw
     else:
         with reading(path) as file:
             yield from rows_of_stream(file, kind, source.name, limits)
@@ -177,9 +185,13 @@ def rows_of_stream(file: BinaryIO, form: str, name: str, limits: Limits) -> Iter
     else:
         for line in read_lines(file, name, limits):
             if line.raw is None:
-                yield Malformed("line_too_long", f"more than {limits.line_bytes} bytes (limit line_bytes)")
+                yield _too_long(limits)
             elif not is_blank(line.raw):
                 yield line.raw
+
+
+def _too_long(limits: Limits) -> Malformed:
+    return Malformed("line_too_long", f"more than {limits.line_bytes} bytes (limit line_bytes)")
 
 
 def _from_hub(name: str) -> Iterable[Mapping[str, Any]]:

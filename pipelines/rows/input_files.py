@@ -6,13 +6,14 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 from datatools import DataError, UsageError, files
 from pipelines.rows.in_memory import PREFIX
 from pipelines.rows.jsonl import shown
+from pipelines.rows.partitions import Partition, partitions
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 """The supported file types."""
@@ -39,11 +40,13 @@ class Source:
         name: The name as shown.
         path: The path on disk; None for a data set of the hub.
         kind: One of `SUFFIXES` (perhaps with one of `PACKED`), `SAVED` or "hub".
+        partition: The columns that the folders above it name (`lang=en`).
     """
 
     name: str
     path: Path | None
     kind: str
+    partition: Partition = ()
 
     @property
     def packing(self) -> str | None:
@@ -100,7 +103,7 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
         raise UsageError("no data was named; give at least one file, folder or data set")
     found: list[Source] = []
     for given in paths:
-        found += _expand(os.fspath(given))
+        found += _with_partitions(_expand(os.fspath(given)), os.fspath(given))
     seen: dict[str, str] = {}
     for source in found:
         if not _is_text(source.name):  # reports, tables and row ids name files in UTF-8
@@ -110,6 +113,18 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
             raise UsageError(f"{source.name} is named twice (also as {seen[key]}); every row would occur twice")
         seen[key] = source.name
     return found
+
+
+def _with_partitions(sources: list[Source], given: str) -> list[Source]:
+    """Return the inputs that one name stands for with the columns that their folders name."""
+    paths = [source.path for source in sources if source.path is not None]
+    if not any("=" in str(path.parent) for path in paths):
+        return sources
+    top = Path(given)
+    while glob.has_magic(str(top)) and not top.exists():
+        top = top.parent
+    found = partitions(paths, top)
+    return [replace(source, partition=columns) for source, columns in zip(sources, found, strict=True)]
 
 
 def _is_text(name: str) -> bool:

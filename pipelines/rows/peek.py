@@ -55,7 +55,8 @@ def look(source: Source, limits: Limits = Limits()) -> Look | None:  # noqa: B00
         return None
     with suppress(DataError, OSError, ValueError, EOFError, StopIteration):
         if form in TABLES:
-            return None if source.packing else Look([dict.fromkeys(columns_of_table(source))], True, True)
+            names = dict.fromkeys([*columns_of_table(source), *dict(source.partition)])
+            return None if source.packing else Look([names], True, True)
         if form == ".json" and not source.packing and not is_array(path):
             form = ".jsonl"
         with reading(path) as raw:
@@ -63,7 +64,7 @@ def look(source: Source, limits: Limits = Limits()) -> Look | None:  # noqa: B00
             if source.packing:
                 stream, cut = _beginning(unpacked(raw, source.packing))
             rows, more = _first(stream, form, source.name, limits)
-            return Look(rows, False, not more and not cut)
+            return Look([{**dict(source.partition), **row} for row in rows], False, not more and not cut)
     return None
 
 

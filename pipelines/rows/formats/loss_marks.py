@@ -75,7 +75,8 @@ def has_no_loss(turn: Mapping[str, Any], k: int) -> bool:
         elif isinstance(value, bool | int | float | list) and _is_mark(key):
             raise Malformed(
                 "turn_weight",
-                f"turn {k + 1} has {shown(key, 30)} {shown(repr(value), 30)}, which may mean with loss or without; {_ADVICE}",
+                f"turn {k + 1} has {shown(key, 30)} {shown(repr(value), 30)}, which may mean with loss or without; "
+                + _ADVICE,
             )
     if parts := turn.get("train_detail"):
         raise Malformed(
