@@ -55,6 +55,7 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "pipelines/diagnose/checks/smoothness.py": {"probes"},  # a setting
     "pipelines/models/finite.py": {"loss"},  # the loss in a log
     "pipelines/report/order_sections.py": {"span"},  # the width of an interval
+    "pipelines/rows/formats/loss_marks.py": {"loss"},  # a column with the loss of a row
     "pipelines/select/less.py": {"paper"},  # a form of Adam's update
     "pipelines/select/neighbours.py": {"exact", "random"},  # a search; how many clusters a random choice reaches
     "pipelines/select/objectives.py": {"preference"},  # the setting
