@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=8, help="evaluations of a run, besides that at its start")
     parser.add_argument("--steps", type=int, default=20_000, help="largest number of steps of a run")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of --seeds, which follow each other")
     parser.add_argument("--large", type=int, default=32)
     parser.add_argument("--keep", type=int, default=16)
     parser.add_argument("--rows", type=int, default=None, help="train on this many rows at most, drawn evenly")
@@ -268,7 +269,8 @@ def main() -> None:
             "micro_tokens", "model", "chat", "data", "target")  # fmt: skip
     made_of = files.digest(repr([str(vars(o)[key]) for key in keys]).encode())[:12]
     runs = []
-    for seed in range(o.seeds):  # seed by seed: a comparison that is stopped has every arm equally often
+    # Seed by seed: a comparison that is stopped has every arm equally often.
+    for seed in range(o.first_seed, o.first_seed + o.seeds):
         for arm in arms:
             path = (
                 files.make_folder(o.out / "runs") / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}-{made_of}.json"
