@@ -19,6 +19,7 @@ from pipelines import former
 from pipelines.diagnose.checks import CHECKS, check
 from pipelines.diagnose.looks import Look
 from pipelines.models import load as models
+from pipelines.models import quantized
 from pipelines.models.load import LoadedModel
 from pipelines.report import diagnose_page as diagnose_view
 from pipelines.rows import preflight
@@ -161,6 +162,7 @@ def _result(current: Run, name: str) -> Any:
 def _load(config: DiagnoseConfig, tokenizer: LoadedModel) -> LoadedModel:
     wide = config.model.model_copy(update={"dtype": "float32"}) if config.model.dtype == "auto" else config.model
     loaded = models.load(wide, tokenizer=tokenizer)
+    quantized.refuse_training(loaded.model)
     loaded.model.requires_grad_(True)
     return loaded
 

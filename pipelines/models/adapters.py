@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import re
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from datatools import DataError, files
 from pipelines.models import patterns, saved_states, weight_files
 from pipelines.models.base import READ_AGAIN, Standing, unload
 from pipelines.models.lora import seeded
+from pipelines.models.quantized import load_package
 from pipelines.models.quiet import quiet
 from pipelines.texts import named
 
@@ -135,7 +136,7 @@ def _start(folder: Path) -> object:
             f"adapter {folder}: its initialisation {start!r} changed the base weights using values computed from "
             f"data, and those were not saved. {_KEEP_BASE}"
         )
-    if start == "loftq" and importlib.util.find_spec("bitsandbytes") is None:
+    if start == "loftq" and find_spec("bitsandbytes") is None:
         raise DataError(
             f"adapter {folder}: its initialisation 'loftq' quantises the base weights with bitsandbytes, which is not "
             f"installed. Install it, or: {_KEEP_BASE[0].lower()}{_KEEP_BASE[1:]}"
@@ -159,6 +160,7 @@ def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
     for name, why in _REFUSED.items():
         if config.get(name):
             raise DataError(f"adapter {folder}: {name} in {CONFIG} {why}; remove it, or train the adapter without it")
+    load_package()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     found: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from datatools import DataError
+from pipelines.models import quantized
 from pipelines.texts import first_line
 
 _TOKENS, _SEEN = 8, 5
 
 
 def check(model: nn.Module, name: str) -> None:
-    """Refuse a model whose logits depend on later tokens, or that cannot be differentiated.
+    """Refuse a model whose logits depend on later tokens or other rows, or that cannot be differentiated.
 
     Rows of a batch are padded on the right without a mask, which is exact only for a decoder that looks back.
 
@@ -25,6 +26,7 @@ def check(model: nn.Module, name: str) -> None:
     Raises:
         DataError: The model cannot be used; the message names its class and an alternative.
     """
+    quantized.prepare(model, name)
     kind = type(model).__name__
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     device = next(model.parameters()).device

@@ -18,7 +18,7 @@ from torch import nn
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files, keep_pages
 from pipelines import former
-from pipelines.models import borrowed, causal, gguf, saved_states, weight_files
+from pipelines.models import borrowed, causal, gguf, quantized, saved_states, weight_files
 from pipelines.models.adapters import adapter_folder, load_adapter
 from pipelines.models.base import READ_AGAIN
 from pipelines.models.limits import ModelLimits, limits_of, trained_length
@@ -30,6 +30,9 @@ from pipelines.runs.workers import world_size
 from pipelines.settings import redaction
 from pipelines.settings.parts import ModelConfig
 from pipelines.texts import first_line, named
+
+_HELD_IN = "weights held in"
+"""The name among the digests of a model whose weights were quantized when it was loaded."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def load(
             run_files.check_saved(folder)
             weight_files.check_settings(folder, trusted=config.trust_remote_code)
         digests = _digests(name, config.revision, code=[".py"] if config.trust_remote_code else [])
+        if config.quantize != "none":
+            digests |= {_HELD_IN: config.quantize}
         if config.adapter is not None and config.adapter.is_dir():
             beside = adapter_folder(config.adapter) or config.adapter
             run_files.check_saved(beside)
@@ -137,23 +142,33 @@ def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
         READ_AGAIN[model] = partial(_weights_of, config, weights)
         return model
     name, options = resolve(config.name), _hub_options(config)
+    if weights is not None and config.quantize != "none":
+        raise UsageError(
+            f"--quantize {config.quantize}: {weights} is a checkpoint of a run that trained all weights, and weights "
+            "in few bits have no gradients; give checkpoints of adapters, or leave the flag out"
+        )
     if weights is not None:
         name, options = str(weights), {"trust_remote_code": config.trust_remote_code}
     devices.use(config, processes=world_size() > 1)
     device, dtype = devices.kind(), devices.dtype_of(config)
     if device == "cpu":
         keep_pages()
+    with _read_errors(config, None if weights is None else f"checkpoint {weights}"):
+        stored = _stored(name, options)
+    options |= quantized.options(config.quantize, stored, dtype, device, config.name)
     read = partial(weight_files.read, name, dtype=dtype, use_safetensors=True, **options)
     large = (
         f"{config.name} in {dtype} does not fit on {device}; use --dtype bfloat16, another --device or a smaller model"
     )
     with _read_errors(config, None if weights is None else f"checkpoint {weights}"), memory.explained(large):
         try:
-            model = read(attn_implementation=config.attention).to(device)
+            model = read(attn_implementation=config.attention)
         except ValueError as error:  # raised before any weight is read
             if config.attention == "eager" or "scaled_dot_product_attention" not in str(error):
                 raise
-            model = read(attn_implementation="eager").to(device)
+            model = read(attn_implementation="eager")
+        if "device_map" not in options:
+            model = model.to(device)
     model.requires_grad_(False)
     if (shown := redaction.hide(name)) != name:  # peft writes it into an adapter's files
         model.name_or_path = model.config._name_or_path = shown
@@ -171,6 +186,11 @@ def _check_held(config: ModelConfig, model: Any) -> None:
         raise UsageError(
             f"this works in {config.dtype}, and the model in memory is in {model.dtype}; give a copy in "
             f"{config.dtype}: copy.deepcopy(model).to(torch.{config.dtype})"
+        )
+    if config.quantize != "none":
+        raise UsageError(
+            f"model.quantize is {config.quantize}, and the model is in memory already; load it with "
+            "quantization_config=BitsAndBytesConfig(...), or leave the setting out"
         )
     if config.device != "auto" and model.device.type != config.device.partition(":")[0]:
         raise UsageError(
@@ -245,6 +265,14 @@ def _limits(name: str, options: Mapping[str, Any]) -> ModelLimits:
             return limits_of(AutoModelForCausalLM.from_config(config, attn_implementation="eager", **code))
     except Exception:  # it cannot be built without weights; loading it reports any fault
         return ModelLimits(trained_length(config))
+
+
+def _stored(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the `quantization_config` of a model's files; empty if its weights are plain."""
+    from transformers import PreTrainedConfig
+
+    found = PreTrainedConfig.get_config_dict(name, **options)[0].get("quantization_config")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _folder(name: str) -> Path | None:

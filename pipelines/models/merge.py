@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from datatools import DataError
 from optim import Arrived
+from pipelines.models import quantized
 from pipelines.models.adapters import load_adapter, saved_parameters
 from pipelines.models.base import unmarked
 from pipelines.models.lora import logits
@@ -35,7 +36,9 @@ def merged(model: Any, folder: Path) -> Any:
 
     Raises:
         DataError: As in `load_adapter`, or the adapter cannot be merged.
+        UsageError: The weights are held in 4 or 8 bits.
     """
+    quantized.refuse_merging(model, folder)
     ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=model.device)[None]
     shared = _weight(model.get_input_embeddings())
     tied = shared is not None and shared is _weight(model.get_output_embeddings())

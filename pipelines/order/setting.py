@@ -20,6 +20,7 @@ import optim
 from datatools import DataError, Order, UsageError, files, order
 from pipelines.colm.sources import clusters_of
 from pipelines.models import load as models
+from pipelines.models import quantized
 from pipelines.models.losses import Batch, row_losses, supervised_tokens, token_losses
 from pipelines.order import draw as drawing
 from pipelines.order.columns import read_columns
@@ -136,6 +137,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
         batches, held_rows, spare = drawing.draw(config, rows, held, names)
     with current.stage("load model"):
         loaded = models.load(config.model.model_copy(update={"dtype": "float32"}), tokenizer=tokenizer)
+        quantized.refuse_rounding(loaded.model)
         module = trainable(loaded.model, config.lora, seed=config.seed).eval()
         _refuse_dropout(module)
     if config.clusters is not None:

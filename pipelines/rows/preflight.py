@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from datatools import Budget, DataError, EnvironmentProblem, UsageError, did_you_mean
@@ -120,6 +121,11 @@ def contradictions(config: Settings) -> None:
             metrics.check(measured)
     if isinstance(model := getattr(config, "model", None), ModelConfig):
         _dtype(config, model.dtype)
+        if model.quantize != "none" and find_spec("bitsandbytes") is None:
+            raise EnvironmentProblem(
+                f"--quantize {model.quantize}: needs bitsandbytes, which is not installed: "
+                "pip install 'datatools-llm[quantized]'"
+            )
         engine = getattr(config, "engine", None)
         several = engine is not None and (engine.workers > 1 or engine.name != "local")
         elsewhere = engine is not None and engine.name == "ray" and member() is None

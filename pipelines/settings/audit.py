@@ -90,8 +90,8 @@ class AuditConfig(RunSettings):
         "answers, and compare with exact retraining (--set oracle_checks.rows=N and others)",
     )
     oracle_checks: OracleConfig = Field(default_factory=OracleConfig, description="the checks of --oracle")
-    model: Annotated[ModelConfig, Flags("name dtype", default=RUNS), Flags("trust_remote_code device")] = Field(
-        description="the model to train"
+    model: Annotated[ModelConfig, Flags("name dtype quantize", default=RUNS), Flags("trust_remote_code device")] = (
+        Field(description="the model to train")
     )
     lora: Annotated[LoraConfig | None, Flags("rank", default=RUNS)] = Field(
         default_factory=LoraConfig, description="train adapters; null trains every weight"

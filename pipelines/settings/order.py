@@ -67,7 +67,7 @@ class OrderConfig(RunSettings):
     task: Literal["plan", "curricula", "record", "estimate", "search", "validate", "map"] = Field(
         default="validate", description="what to do with the reference run", json_schema_extra=LATE
     )
-    model: Annotated[ModelConfig, Flags("name chat trust_remote_code max_length device dtype")] = Field(
+    model: Annotated[ModelConfig, Flags("name chat trust_remote_code max_length device dtype quantize")] = Field(
         description="the model to start from"
     )
     data: Annotated[OrderData, Flags("paths on_bad_row columns preference")] = Field(description="the rows to train on")

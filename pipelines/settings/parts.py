@@ -37,6 +37,11 @@ class ModelConfig(Settings):
         description="auto is bfloat16 on a GPU of CUDA, otherwise float32; float16 is for forward passes only "
         "(evaluate, and select with rds or loss)",
     )
+    quantize: Annotated[Literal["none", "4bit", "8bit"], Flag("--quantize", MODEL, "BITS")] = Field(
+        default="none",
+        description="hold the weights of linear layers in 4bit (NF4, as in QLoRA) or 8bit, by bitsandbytes; adapters "
+        "train on them",
+    )
     attention: Literal["sdpa", "eager"] = Field(
         default="sdpa",
         description="implementation of attention; a model without sdpa (CodeGen, gpt-oss, Mamba) gets eager",

@@ -240,7 +240,7 @@ class SelectConfig(RunSettings):
         "datatools select runs/maths/run.yaml",
     )
 
-    model: Annotated[ModelConfig, Flags("name chat trust_remote_code max_length device dtype")] = Field(
+    model: Annotated[ModelConfig, Flags("name chat trust_remote_code max_length device dtype quantize")] = Field(
         description="the model to select for"
     )
     train: Annotated[DataConfig, Flags("paths on_bad_row columns preference dedup", paths="--train")] = Field(

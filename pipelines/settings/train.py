@@ -253,8 +253,8 @@ class TrainConfig(RunSettings):
         "--set training.zo.eps=1e-2 --set training.zo.q=4 --set training.zo.sparsity=0.5",
     )
 
-    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length device dtype")] = Field(
-        description="the model to start from"
+    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length device dtype quantize")] = (
+        Field(description="the model to start from")
     )
     data: Annotated[DataConfig, Flags("paths source_key on_bad_row columns preference dedup")] = Field(
         description="the rows to train on"
@@ -330,8 +330,8 @@ class EvaluateConfig(Settings):
         "datatools evaluate --model M --data mbpp.jsonl --metric code --allow-code-execution",
     )
 
-    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length device dtype")] = Field(
-        description="the model, with its adapter if it has one"
+    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length device dtype quantize")] = (
+        Field(description="the model, with its adapter if it has one")
     )
     data: Annotated[DataConfig, Flags("paths on_bad_row columns preference")] = Field(description="held-out rows")
     metrics: Annotated[MetricsConfig, Flags("names extract max_new_tokens allow_code_execution")] = Field(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipelines.models import quantized
 from pipelines.models.base import unload
 from pipelines.models.lora import add_lora
 from pipelines.models.losses import token_losses
@@ -125,6 +126,7 @@ def as_trained(model: Any, lora: LoraConfig | None) -> Iterator[Any]:
         finally:
             unload(module)
         return
+    quantized.refuse_training(model)
     before = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(True)
     try:

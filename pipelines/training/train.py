@@ -18,6 +18,7 @@ from pipelines.colm.choosing import check as check_coreset
 from pipelines.colm.featuring import check_target
 from pipelines.colm.sources import clusters_of, require_sources
 from pipelines.models import load as models
+from pipelines.models import quantized
 from pipelines.models.base import unload
 from pipelines.models.lora import add_lora
 from pipelines.report import training_page as training_report
@@ -299,6 +300,7 @@ def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:
     """
     if lora is not None:
         return add_lora(model, lora, seed=derive_seed(seed, "lora"))
+    quantized.refuse_training(model)
     return model.requires_grad_(True)
 
 

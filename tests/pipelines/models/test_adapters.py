@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from datatools import DataError, UsageError
+from pipelines.models import adapters
 from pipelines.models import load as models
 from pipelines.models.adapters import load_adapter, saved_parameters
 from pipelines.models.base import unload
@@ -73,8 +74,9 @@ def test_adapters_of_other_methods_are_read_and_taken_off(bases, tmp_path, metho
 
 @pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
 @pytest.mark.parametrize("merge", [False, True])
-def test_a_base_that_cannot_be_had_again_is_refused_by_name(bases, tmp_path, start, merge):
-    """Random, or computed from data: what the base weights were in training was not saved."""
+def test_a_base_that_cannot_be_had_again_is_refused_by_name(bases, tmp_path, monkeypatch, start, merge):
+    """Random, computed from data, or by a package that is missing: the base weights of training were not saved."""
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     if start.startswith("pissa"):
         folder, _, _ = saved_adapter(bases / "tied", tmp_path / "a", init_lora_weights=start)
     else:
