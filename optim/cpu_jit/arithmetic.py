@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from optim.cpu_jit.arctangent import atan2
 from optim.cpu_jit.kinds import FILLS, TYPES, VIEWS, Kinds
 from optim.cpu_jit.trace import Node, Number, Unsupported
 
@@ -300,7 +301,8 @@ class Code:
             below = put(f"select i1 {down}, {ty} {literal(-1, ty)}, {ty} {zero}")
             value = put(f"select i1 {up}, {ty} {literal(1, ty)}, {ty} {below}")
         elif name == "atan2":
-            value = self.library(block, "atan2", ty, arg(0), arg(1))
+            y, x = arg(0), arg(1)
+            value = atan2(self, block, y, x) if ty == "float" else self.library(block, "atan2", ty, y, x)
         elif name == "pow":
             value = self._power(block, node, ty, arg)
         elif name in ("maximum", "minimum") or node.op in ("max.other", "min.other"):

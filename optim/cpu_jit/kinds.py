@@ -71,6 +71,12 @@ class Reduction:
     count: int
 
 
+def _in_both(
+    first: tuple[tuple[Node, bool], ...], second: tuple[tuple[Node, bool], ...]
+) -> tuple[tuple[Node, bool], ...]:
+    return tuple(one for one in first if one in second)
+
+
 class Kinds:
     """The kind, stage and level of every value, which follow from those of its arguments.
 
@@ -91,14 +97,15 @@ class Kinds:
             self.known[node] = self._find(node)
         return self.known[node]
 
-    def conditions(self, outputs: Sequence[Node]) -> dict[Reduction, frozenset[tuple[Node, bool]]]:
+    def conditions(self, outputs: Sequence[Node]) -> dict[Reduction, tuple[tuple[Node, bool], ...]]:
         """Return the conditions of `where` under which each reduction is read.
 
         Args:
             outputs: The values that the step writes.
 
         Returns:
-            For each reduction, scalars and the truth values that they must have.
+            For each reduction, scalars and the truth values that they must have. Their order is that of the rule, not
+            that of a set: it is part of the assembly, by which machine code is found in files.
         """
         order: dict[Node, None] = {}
 
@@ -109,20 +116,21 @@ class Kinds:
                         visit(argument)
                 order[node] = None
 
-        held: dict[Node, frozenset[tuple[Node, bool]]] = {}
+        held: dict[Node, tuple[tuple[Node, bool], ...]] = {}
         for node in outputs:
             visit(node)
-            held[node] = frozenset()
-        found: dict[Reduction, frozenset[tuple[Node, bool]]] = {}
+            held[node] = ()
+        found: dict[Reduction, tuple[tuple[Node, bool], ...]] = {}
         for node in reversed(order):
             by_branch = node.op.split(".")[0] == "where" and len(node.args) == 3 and self[node.args[0]][0] == SCALAR
             for i, argument in enumerate(node.args + tuple(node.kwargs.values())):
                 if isinstance(argument, Node):
-                    at = held[node] | ({(node.args[0], i == 1)} if by_branch and i else set())
-                    held[argument] = held[argument] & at if argument in held else at
+                    own = ((node.args[0], i == 1),) if by_branch and i else ()
+                    at = (*held[node], *(one for one in own if one not in held[node]))
+                    held[argument] = _in_both(held[argument], at) if argument in held else at
             if self[node] and node in self.reductions:
                 reduction = self.reductions[node]
-                found[reduction] = found[reduction] & held[node] if reduction in found else held[node]
+                found[reduction] = _in_both(found[reduction], held[node]) if reduction in found else held[node]
         return found
 
     def _set_rows(self, rows: int) -> None:

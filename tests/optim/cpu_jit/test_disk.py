@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 
 from optim import Optimizer, StableAdamWRule, backend
 from optim.cpu_jit import cache, disk, machine
+from tests.conftest import REPOSITORY
 from tests.optim.harness import assert_same, parameters, train
 
 pytestmark = pytest.mark.skipif(not backend.use_cpu_jit(), reason="llvmlite is not installed, or OPTIM_BACKEND=torch")
@@ -101,3 +104,38 @@ def test_the_first_step_of_a_second_process_is_fast_and_has_the_same_bits(place)
         gc.collect()
     assert_same(*ends)
     assert list(place.iterdir()) and times[1] < 0.7 * times[0], times
+
+
+NAMES_OF_FILES = """
+import hashlib, warnings
+from contextlib import suppress
+import torch
+from optim import OPTIMIZERS, create
+from optim.cpu_jit import kernel
+
+def refuse(text):
+    print(hashlib.sha256(text.encode()).hexdigest())
+    raise RuntimeError
+
+kernel.compiled = refuse
+warnings.simplefilter("ignore")
+for name in OPTIMIZERS:
+    print(name)
+    shapes = [(8, 6), (6,)]
+    parameters = [(f"layer.{i}.weight", torch.nn.Parameter(torch.ones(s))) for i, s in enumerate(shapes)]
+    for _, p in parameters:
+        p.grad = torch.ones_like(p)
+    with suppress(RuntimeError):  # of a rule that needs more than gradients
+        create(name, parameters, lr=1e-3).step()
+"""
+
+
+def test_the_assembly_of_every_rule_is_the_same_in_every_process():
+    """Otherwise the next process would compile it again."""
+    runs = [
+        subprocess.Popen([sys.executable, "-c", NAMES_OF_FILES], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
+                         env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    first, second = (run.communicate()[0].splitlines() for run in runs)
+    assert first == second and len(first) > 2 * 30 and all(run.returncode == 0 for run in runs)
