@@ -1,13 +1,12 @@
 """The arctangent of two floats as arithmetic that has vector instructions, unlike the function of the C library."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 from numpy.polynomial import chebyshev
 
-if TYPE_CHECKING:
-    from optim.cpu_jit.arithmetic import Block, Code
+from optim.cpu_jit.kinds import literal
 
 _TERMS = 13
 
@@ -29,22 +28,18 @@ def _coefficients() -> list[float]:
 _C = _coefficients()
 
 
-def atan2(code: "Code", block: "Block", y: str, x: str) -> str:
+def atan2(put: Callable[[str], str], call: Callable[..., str], y: str, x: str) -> str:
     """Append the angle of the point (x, y), computed in double, to a block.
 
     Args:
-        code: The function.
-        block: The block.
+        put: A function that appends an instruction and returns the name of its result.
+        call: A function that appends the call of an intrinsic, from its name, its type and its arguments.
         y: The name of a float.
         x: The name of a float.
 
     Returns:
         The name of a float: `math.atan2(y, x)`, rounded. Zeros with a sign, infinities and NaN as IEEE 754 has them.
     """
-    from optim.cpu_jit.arithmetic import literal
-
-    def put(text: str) -> str:
-        return code.put(block, text)
 
     def double(value: float) -> str:
         return literal(value, "double")
@@ -53,7 +48,7 @@ def atan2(code: "Code", block: "Block", y: str, x: str) -> str:
         return put(f"select i1 {condition}, double {yes}, double {no}")
 
     wide_y, wide_x = put(f"fpext float {y} to double"), put(f"fpext float {x} to double")
-    high, across = code.call(block, "fabs", "double", wide_y), code.call(block, "fabs", "double", wide_x)
+    high, across = call("fabs", "double", wide_y), call("fabs", "double", wide_x)
     steep = put(f"fcmp ogt double {high}, {across}")
     low, top = choose(steep, across, high), choose(steep, high, across)
     t = put(f"fdiv double {low}, {top}")
@@ -64,7 +59,7 @@ def atan2(code: "Code", block: "Block", y: str, x: str) -> str:
         angle = put(f"fadd double {put(f'fmul double {angle}, {square}')}, {double(c)}")
     angle = put(f"fmul double {angle}, {t}")
     angle = choose(steep, put(f"fsub double {double(math.pi / 2)}, {angle}"), angle)
-    sign = code.call(block, "copysign", "double", double(1), wide_x)
+    sign = call("copysign", "double", double(1), wide_x)
     left = put(f"fcmp olt double {sign}, {double(0)}")
     angle = choose(left, put(f"fsub double {double(math.pi)}, {angle}"), angle)
-    return code.call(block, "copysign", "float", put(f"fptrunc double {angle} to float"), y)
+    return call("copysign", "float", put(f"fptrunc double {angle} to float"), y)

@@ -1,16 +1,15 @@
 """Operations on numbers as LLVM assembly: IEEE arithmetic in the dtype that torch would use."""
 
-import ctypes
 import math
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 
 from optim.cpu_jit.arctangent import atan2
-from optim.cpu_jit.kinds import FILLS, TYPES, VIEWS, Kinds
+from optim.cpu_jit.kinds import FILLS, TYPES, VIEWS, Kinds, literal
 from optim.cpu_jit.trace import Node, Number, Unsupported
 
 _COMPARISONS = {"gt": "ogt", "ge": "oge", "lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
@@ -20,24 +19,6 @@ _BINARY = {"mul": "fmul", "div": "fdiv", "true_divide": "fdiv", "fmod": "frem"}
 
 Slot: TypeAlias = tuple[str, str]
 """A value in the code, as its name or literal and its type."""
-
-
-def literal(value: float, ty: str) -> str:
-    """Return a number as an exact LLVM literal.
-
-    Args:
-        value: The number.
-        ty: Its LLVM type: "float", "double" or "i1".
-
-    Returns:
-        The literal.
-    """
-    if ty == "i1":
-        return "true" if value else "false"
-    value = float(value)
-    if ty == "float":
-        value = ctypes.c_float(value).value
-    return f"0x{struct.unpack('<Q', struct.pack('<d', value))[0]:016X}"
 
 
 @dataclass
@@ -302,7 +283,10 @@ class Code:
             value = put(f"select i1 {up}, {ty} {literal(1, ty)}, {ty} {below}")
         elif name == "atan2":
             y, x = arg(0), arg(1)
-            value = atan2(self, block, y, x) if ty == "float" else self.library(block, "atan2", ty, y, x)
+            if ty == "float":
+                value = atan2(put, partial(self.call, block), y, x)
+            else:
+                value = self.library(block, "atan2", ty, y, x)
         elif name == "pow":
             value = self._power(block, node, ty, arg)
         elif name in ("maximum", "minimum") or node.op in ("max.other", "min.other"):

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
-from optim.cpu_jit.arithmetic import Block, Code, Slot, literal
-from optim.cpu_jit.kinds import FULL, ROW, SCALAR, Reduction
+from optim.cpu_jit.arithmetic import Block, Code, Slot
+from optim.cpu_jit.kinds import FULL, ROW, SCALAR, Reduction, literal
 from optim.cpu_jit.layout import ARGUMENTS, HEADER, Layout, finished, from_scratch
 from optim.cpu_jit.loops import Body
 from optim.cpu_jit.trace import Node, Trace, Unsupported

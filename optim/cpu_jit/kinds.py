@@ -1,6 +1,8 @@
 """The kind of each value of a step (one per tensor, per row or per element) and when it can be computed."""
 
+import ctypes
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +48,24 @@ FILLS: dict[str, Callable[..., Any]] = {
     "new_full.default": lambda _, __, x: x,
 }
 REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "linalg_vector_norm"}
+
+
+def literal(value: float, ty: str) -> str:
+    """Return a number as an exact LLVM literal.
+
+    Args:
+        value: The number.
+        ty: Its LLVM type: "float", "double" or "i1".
+
+    Returns:
+        The literal.
+    """
+    if ty == "i1":
+        return "true" if value else "false"
+    value = float(value)
+    if ty == "float":
+        value = ctypes.c_float(value).value
+    return f"0x{struct.unpack('<Q', struct.pack('<d', value))[0]:016X}"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from optim.cpu_jit.arithmetic import Block, Code, Slot, literal
-from optim.cpu_jit.kinds import TYPES, Kinds, Reduction
+from optim.cpu_jit.arithmetic import Block, Code, Slot
+from optim.cpu_jit.kinds import TYPES, Kinds, Reduction, literal
 from optim.cpu_jit.trace import Node, Trace, Unsupported
 
 HEADER = 4

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ def compiled_atan2():
     from optim.cpu_jit.arithmetic import Block, Code
 
     block, declared = Block(), set()
-    result = atan2(Code(None, declared), block, "%y", "%x")
+    code = Code(None, declared)
+    result = atan2(partial(code.put, block), partial(code.call, block), "%y", "%x")
     body = ["define float @angle(float %y, float %x) {", *block.lines, f"  ret float {result}", "}"]
     address, engine = machine.compiled("\n".join([*sorted(declared), *body]))
     return ctypes.CFUNCTYPE(ctypes.c_float, ctypes.c_float, ctypes.c_float)(address("angle")), engine
