@@ -18,7 +18,7 @@ from torch import Tensor
 
 from optim import backend
 from optim.cpu_jit import codes
-from optim.cpu_jit.arithmetic import literal
+from optim.cpu_jit.kinds import literal
 from optim.cpu_jit.machine import compiled
 
 _LOW = 0xFFFFFFFF
