@@ -1,6 +1,5 @@
 """Checks of what a param group holds: its parameters, gradients and learning rate, with names for error messages."""
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,21 +20,6 @@ def kind_name(value: object) -> str:
         The name of its type, or its own name if it is a class.
     """
     return value.__name__ + " (a class)" if isinstance(value, type) else type(value).__name__
-
-
-def check_lr(lr: float | Tensor) -> None:
-    """Check a learning rate.
-
-    Args:
-        lr: The learning rate, a number or a tensor with one element.
-
-    Raises:
-        ValueError: Unless it is one finite number of at least 0.
-    """
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor with {lr.numel()} elements; it must be one number")
-    if isinstance(lr, bool) or not isinstance(lr, int | float | Tensor) or not 0 <= float(lr) < math.inf:
-        raise ValueError(f"lr = {lr!r}; it must be a finite number of at least 0")
 
 
 def label_of(group: Mapping[str, Any], offset: int, i: int) -> str:

@@ -1,6 +1,5 @@
 """The one optimizer class: param groups, state dicts and torch's conventions around any `UpdateRule`."""
 
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from torch._compile import _disable_dynamo
 
 from optim import cpu_jit, rounding
 from optim.averaging import AveragedWeights
-from optim.group_checks import check_gradients, check_lr, check_params, kind_name, labelled, without_duplicates
+from optim.group_checks import check_gradients, check_params, kind_name, labelled, without_duplicates
 from optim.param_groups import by_name, trained
 from optim.rule import State, UpdateRule
 from optim.saved import (
@@ -27,7 +26,7 @@ from optim.saved import (
     saved_rule,
     settle_states,
 )
-from optim.settings import TORCH_FLAGS, ParamGroup
+from optim.settings import TORCH_FLAGS, ParamGroup, checked
 
 Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """What `torch.optim` accepts (parameters, named parameters or param groups), or a model with its trained parameters."""
@@ -150,10 +149,8 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
             if group.pop(flag, None):
                 raise ValueError(f"param group: {flag} is not supported; {advice}")
         group["rule"] = rule.with_settings(**{key: group.pop(key) for key in rule.settings() & set(group)})
-        check_lr(group.setdefault("lr", self.defaults["lr"]))
-        weight_decay = group.setdefault("weight_decay", self.defaults["weight_decay"])
-        if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay = {weight_decay!r}; it must be a finite number of at least 0")
+        for key in ("lr", "weight_decay"):
+            group[key] = checked(key, group.get(key, self.defaults[key]))
         resolved = ParamGroup(group)
         resolved.settle()
         return resolved

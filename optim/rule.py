@@ -315,7 +315,7 @@ class UpdateRule(ABC):
         raise KeyError(name)
 
     def state_settings(self) -> dict[str, Any]:
-        """Return the settings without which a state cannot be read; they cannot change once there is a state.
+        """Return the settings that a state starts or is stored with; they cannot change once there is a state.
 
         By default there are none, because most settings do not affect the state or show in its shapes and dtypes.
 

@@ -161,8 +161,8 @@ def settle_states(index: int, group: ParamGroup, states: MutableMapping[Tensor, 
             group.settled = group["rule"] = before
             changes = ", ".join(rule.differences(before.describe()))
             raise ValueError(
-                f"param group {index}: a setting that determines how states are stored cannot be changed after the "
-                f"first step ({changes}, the last step's value); build a new optimizer"
+                f"param group {index}: a setting that determines how states start or are stored cannot be changed "
+                f"after the first step ({changes}, the last step's value); build a new optimizer"
             )
         if set(want) - set(kept):  # SGD's buffer, at its first momentum above 0
             state.update({key: value for key, value in rule.init(param).items() if key not in kept})

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
@@ -27,6 +28,28 @@ TORCH_FLAGS = {  # refused, with advice
     "capturable": "step counts are on the CPU here",
     "differentiable": "differentiate UpdateRule.update instead",
 }
+
+
+def checked(key: str, value: Any) -> Any:
+    """Return a learning rate or a weight decay as a step takes it, after checking it.
+
+    Args:
+        key: "lr" or "weight_decay", for the message.
+        value: A number, also of NumPy, or for a learning rate a tensor with one element.
+
+    Raises:
+        ValueError: Unless it is one finite number of at least 0. Anything else would end in weights that are not
+            finite, or in training that goes uphill.
+    """
+    if isinstance(value, torch.Tensor) and key == "lr":
+        if value.numel() != 1:
+            raise ValueError(f"lr is a tensor with {value.numel()} elements; it must be one number")
+    elif not isinstance(value, torch.Tensor):
+        value = _plain(value)
+    number = isinstance(value, int | float) or (isinstance(value, torch.Tensor) and key == "lr")
+    if isinstance(value, bool) or not number or not 0 <= float(value) < math.inf:
+        raise ValueError(f"{key} = {value!r}; it must be a finite number of at least 0")
+    return value
 
 
 class ParamGroup(dict[str, Any]):
@@ -105,7 +128,9 @@ class ParamGroup(dict[str, Any]):
 
     def _store(self, key: str, value: Any) -> None:
         rule = self._rule()
-        if key in _OWN or not isinstance(rule, UpdateRule):
+        if key in ("lr", "weight_decay"):
+            dict.__setitem__(self, key, checked(key, value))
+        elif key in _OWN or not isinstance(rule, UpdateRule):
             dict.__setitem__(self, key, value)
         elif key in rule.settings():
             dict.__setitem__(self, "rule", rule.with_settings(**{key: _plain(value)}))

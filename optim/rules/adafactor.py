@@ -1,5 +1,6 @@
 """Adafactor: a second moment that stores only row and column means of a matrix."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -65,8 +66,9 @@ class AdafactorRule(UpdateRule):
     def __post_init__(self) -> None:
         called = "AdafactorRule"
         check_choice(called, CONVENTIONS, convention=self.convention)
-        if isinstance(self.beta2_decay, bool) or not isinstance(self.beta2_decay, int | float) or self.beta2_decay > 0:
-            raise ValueError(f"{called}: beta2_decay = {self.beta2_decay!r}; it must be a number of at most 0")
+        decay = self.beta2_decay
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not -math.inf < decay <= 0:
+            raise ValueError(f"{called}: beta2_decay = {decay!r}; it must be a finite number of at most 0")
         if not isinstance(self.eps, Sequence) or isinstance(self.eps, str) or len(self.eps) != 2:
             raise ValueError(f"{called}: eps = {self.eps!r}; expected two numbers, such as (1e-30, 1e-3)")
         first, second = self.eps

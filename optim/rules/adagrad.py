@@ -1,7 +1,7 @@
 """Adagrad: the gradient divided by the root of the sum of all squared gradients."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -51,6 +51,10 @@ class AdagradRule(UpdateRule):
             eps=self.eps,
             l2=self.l2,
         )
+
+    def state_settings(self) -> dict[str, Any]:
+        """Return the setting that only the start of a state reads."""
+        return {"initial_accumulator_value": self.initial_accumulator_value}
 
     def init(self, param: OfParam) -> State:
         """Return the initial sum and a zero step count."""

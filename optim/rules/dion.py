@@ -78,6 +78,10 @@ class DionRule(MatrixRule):
         check_non_negative("DionRule", eps=self.eps)
         check_counts("DionRule", seed=self.seed)
 
+    def state_settings(self) -> dict[str, Any]:
+        """Return the setting that only the start of a state reads."""
+        return {"seed": self.seed}
+
     def init(self, param: OfParam) -> State:
         """Return a zero buffer, a zero step count, and a normally distributed Q."""
         self.check_layout(param)

@@ -105,6 +105,10 @@ class KronRule(MatrixRule):
         check_choice("KronRule", DIAGONALS, diagonal=self.diagonal)
         check_flag("KronRule", fit_momentum=self.fit_momentum)
 
+    def state_settings(self) -> dict[str, Any]:
+        """Return the setting that only the start of a state reads."""
+        return {"precond_init_scale": self.precond_init_scale}
+
     def init(self, param: OfParam) -> State:
         """Return a zero average, zero counts, and multiples of the identity as factors."""
         self.check_layout(param)

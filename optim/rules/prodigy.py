@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +75,10 @@ class ProdigyRule(UpdateRule):
         check_flag("ProdigyRule", use_bias_correction=self.use_bias_correction, safeguard_warmup=self.safeguard_warmup)
         if self.growth_rate is not None and not 1 <= self.growth_rate < math.inf:
             raise ValueError(f"ProdigyRule: growth_rate = {self.growth_rate!r}; it must be at least 1, or None")
+
+    def state_settings(self) -> dict[str, Any]:
+        """Return the setting that only the start of a state reads."""
+        return {"d0": self.d0}
 
     def init(self, param: OfParam) -> State:
         """Return zero moments, zero sums, and d0 as the estimate."""

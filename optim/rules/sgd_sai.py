@@ -1,7 +1,7 @@
 """SGD-SaI: SGD with momentum whose learning rate is scaled once per tensor."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class SGDSaIRule(UpdateRule):
     def __post_init__(self) -> None:
         check_unit_interval("SGDSaIRule", momentum=self.momentum)
         check_non_negative("SGDSaIRule", eps=self.eps)
+
+    def state_settings(self) -> dict[str, Any]:
+        """Return the setting that only the start of a state reads."""
+        return {"eps": self.eps}
 
     def init(self, param: OfParam) -> State:
         """Return a zero step count, a gain of 0 ("not determined yet"), and a zero buffer if there is momentum."""

@@ -2,8 +2,10 @@
 
 import copy
 import io
+import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
@@ -22,6 +24,7 @@ from optim import (
     SGDRule,
     UpdateMap,
     UpdateRule,
+    create,
     divide_groups,
     group_table,
 )
@@ -95,6 +98,7 @@ def test_every_number_of_every_rule_takes_effect(monkeypatch, name):
     spec = SPECS[name]
     rule = spec.rule(spec.default)
     numbers = {k for k in rule.settings() if isinstance(rule.setting(k), float) and 0 < rule.setting(k) < 1}
+    numbers -= set(rule.state_settings())  # these are refused, see below
     for key in sorted(numbers | ({"betas"} & rule.settings())):
         old = rule.setting(key)
         new = tuple(0.97 * b for b in old) if key == "betas" else 0.97 * old
@@ -388,3 +392,38 @@ def test_every_setting_reads_as_a_key(name):
         value = optimizer.param_groups[0][key]
         optimizer.param_groups[0][key] = value
         assert isinstance(value, UpdateRule) or optimizer.param_groups[0]["rule"] == rule
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", [None, "0.9", math.nan, math.inf, -1.0, True, 1j, [0.1], torch.ones(2)])
+def test_a_rate_that_is_no_number_is_refused_where_it_is_written(key, value):
+    """In any rule: such a rate is followed by weights that are not finite, or by training that goes uphill."""
+    optimizer = AdamW(parameters([(3, 2)]), lr=0.1, weight_decay=0.0)
+    with pytest.raises(ValueError, match=f"{key} .* one number|{key} = .* finite number of at least 0"):
+        optimizer.param_groups[0][key] = value
+    with pytest.raises(ValueError, match=key):
+        optimizer.param_groups[0].update({key: value})
+    assert optimizer.param_groups[0][key] == (0.1 if key == "lr" else 0.0)
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5)])
+def test_numbers_of_numpy_are_rates(value):
+    optimizer = AdamW(parameters([(3, 2)]), lr=np.float32(0.25), weight_decay=np.float32(0.25))
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["weight_decay"] = value
+    assert all(isinstance(optimizer.param_groups[0][key], float) for key in ("lr", "weight_decay"))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("adagrad", "initial_accumulator_value", 0.5), ("kron", "precond_init_scale", 2.0), ("dion", "seed", 1),
+     ("prodigy", "d0", 1e-5), ("sgd_sai", "eps", 0.1)],
+)  # fmt: skip
+def test_what_only_the_start_reads_is_refused_afterwards(name, key, value):
+    p = Parameter(torch.ones(4, 3))
+    optimizer = create(name, [("layers.0.q.weight", p)], lr=0.1)
+    optimizer.param_groups[0][key] = value  # before the first step it takes effect
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[0][key] = optimizer.param_groups[0]["rule"].setting(key) + 1
+    with pytest.raises(ValueError, match=rf"start or are stored cannot be changed after the first step \({key}"):
+        optimizer.step()

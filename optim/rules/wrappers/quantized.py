@@ -140,7 +140,8 @@ class Quantized(Around):
 
     def state_settings(self) -> dict[str, Any]:
         """Return the settings that determine what codes mean and which entries share a scale."""
-        return {"code": self.code, "block_size": self.block_size, "min_size": self.min_size}
+        own = {"code": self.code, "block_size": self.block_size, "min_size": self.min_size}
+        return super().state_settings() | own
 
     @property
     def uncodable(self) -> str:
