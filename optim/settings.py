@@ -37,6 +37,9 @@ def checked(key: str, value: Any) -> Any:
         key: "lr" or "weight_decay", for the message.
         value: A number, also of NumPy, or for a learning rate a tensor with one element.
 
+    Returns:
+        The number, as one of Python if it was one of NumPy.
+
     Raises:
         ValueError: Unless it is one finite number of at least 0. Anything else would end in weights that are not
             finite, or in training that goes uphill.
