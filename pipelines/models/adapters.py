@@ -20,7 +20,6 @@ from datatools import DataError, files
 from pipelines.models import patterns, saved_states, weight_files
 from pipelines.models.base import READ_AGAIN, Standing, unload
 from pipelines.models.lora import seeded
-from pipelines.models.quantized import load_package
 from pipelines.models.quiet import quiet
 from pipelines.texts import named
 
@@ -160,7 +159,6 @@ def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
     for name, why in _REFUSED.items():
         if config.get(name):
             raise DataError(f"adapter {folder}: {name} in {CONFIG} {why}; remove it, or train the adapter without it")
-    load_package()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     found: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)

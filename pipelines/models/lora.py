@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from datatools import DataError, files
 from pipelines.models.base import Standing
-from pipelines.models.quantized import load_package
 from pipelines.models.quiet import quiet
 from pipelines.settings.parts import LoraConfig
 from pipelines.texts import first_line
@@ -36,7 +35,6 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
     Raises:
         DataError: No module of the model has a target's name.
     """
-    load_package()
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 

@@ -6,11 +6,7 @@ would change them, or would make the result of a row depend on its batch, is ref
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -44,13 +40,9 @@ def options(kind: str, stored: Mapping[str, Any], dtype: torch.dtype, device: st
             )
         if stored.get("load_in_8bit") or stored.get("_load_in_8bit"):
             _check_threshold(stored.get("llm_int8_threshold", 6.0), f"--model {name}", "in its config.json")
-        if method != _READ:
-            return {}
-        load_package()
-        return {"device_map": {"": device}}
+        return {"device_map": {"": device}} if method == _READ else {}
     if kind == "none":
         return {}
-    load_package()
     from transformers import BitsAndBytesConfig
 
     if kind == "4bit":
@@ -60,28 +52,6 @@ def options(kind: str, stored: Mapping[str, Any], dtype: torch.dtype, device: st
     else:
         how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return {"quantization_config": how, "device_map": {"": device}}
-
-
-def load_package() -> None:
-    """Import bitsandbytes without the code of a hub repository that it runs on some CPUs if `kernels` is installed.
-
-    It does nothing where bitsandbytes is not installed. peft imports bitsandbytes, so this comes before peft.
-    """
-    if _READ in sys.modules or find_spec(_READ) is None:  # without it, transformers says what to install
-        return
-    missing = object()
-    before = sys.modules.get("kernels", missing)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it now fails
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it says that the code is missing
-    try:
-        import_module(_READ)
-    finally:
-        logging.disable(level)
-        if before is missing:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = before  # type: ignore[assignment]
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

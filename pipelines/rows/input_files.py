@@ -8,7 +8,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from urllib.parse import urlsplit
 
 from datatools import DataError, UsageError, files
 from pipelines.rows.in_memory import PREFIX
@@ -63,7 +63,7 @@ class Source:
         """The last part of the name without the file type, from which row ids are made."""
         if self.kind == MEMORY:
             return self.name.removeprefix(PREFIX)
-        name = os.path.basename(self.name.rstrip("/"))
+        name = os.path.basename((urlsplit(self.name).path if _URL.match(self.name) else self.name).rstrip("/"))
         packed = "|".join(re.escape(suffix) for suffix in PACKED)
         return re.sub(rf"(\.[A-Za-z]+)?({packed})?$", "", name) or "data"
 
@@ -141,7 +141,7 @@ def _expand(given: str) -> list[Source]:
     if given.startswith(PREFIX):
         return [Source(given, None, MEMORY)]
     if _URL.match(given):
-        _refuse_url(given)
+        return _remote(given)
     path = Path(given)
     try:
         mode = path.stat().st_mode
@@ -169,17 +169,23 @@ def _expand(given: str) -> list[Source]:
     return [Source(given, path, kind or ".jsonl")]
 
 
-def _refuse_url(given: str) -> NoReturn:
+def _remote(given: str) -> list[Source]:
+    """Return the files that a URL names, copied to this machine."""
     hub = re.match(r"(?:hf://|https?://huggingface\.co/)datasets/([\w.-]+/[\w.-]+)", given)
     if hub is not None:
         raise UsageError(f"{shown(given, 200)}: a URL; this data set of the hub is named hf:{hub[1]}")
     if given.startswith("file://"):
         raise UsageError(f"{shown(given, 200)}: a URL; give the path itself")
-    raise UsageError(
-        f"{shown(given, 200)}: a URL; rows are read from files on a disk, because they are read several times and "
-        "compared with what the run began with: download it first, or mount the bucket (a data set of the hub is named "
-        "hf:owner/name)"
-    )
+    from pipelines.rows.remote import copies
+
+    copied = copies(given, lambda name: _kind(name) is not None)
+    found = [(name, path, _kind(urlsplit(name).path)) for name, path in copied]
+    for name, _, kind in found:
+        if kind is None and (other := _UNREAD.search(urlsplit(name).path)):
+            raise DataError(
+                f"cannot read {shown(name, 200)}: {other.group()} is not supported; unpack or convert it ({_known()})"
+            )
+    return [Source(name, path, kind or ".jsonl") for name, path, kind in found]
 
 
 def _known() -> str:

@@ -1,6 +1,8 @@
 """Weights in 4 and 8 bits: the gradients of adapters on them are exact, and what they cannot do is refused by name."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pipelines.settings.diagnose import DiagnoseConfig
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
 from pipelines.training.train import run as train
+from tests.conftest import REPOSITORY
 from tests.tiny import save_tiny_model, write_rows
 
 pytest.importorskip("bitsandbytes", reason="pip install datatools-llm[quantized]")
@@ -196,11 +199,14 @@ def test_without_the_package_the_flag_names_it(
         preflight.check(config)
 
 
-def test_the_package_fetches_no_code_while_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On some CPUs it runs the code of a hub repository if the package `kernels` is installed."""
-    seen: list[object] = []
-    monkeypatch.delitem(sys.modules, "bitsandbytes")
-    monkeypatch.setitem(sys.modules, "kernels", nn)
-    monkeypatch.setattr(quantized, "import_module", lambda name: seen.append(sys.modules["kernels"]))
-    quantized.load_package()
-    assert seen == [None] and sys.modules["kernels"] is nn
+def test_the_package_fetches_no_code_while_it_is_imported(tmp_path: Path) -> None:
+    """Whoever imports it: peft does, and transformers' trainer imports peft."""
+    for name, text in (("bitsandbytes", "import kernels\n"), ("kernels", "print('fetched')\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    script = (
+        "import pipelines\ntry:\n    import bitsandbytes\nexcept ImportError:\n    print('no kernels')\nimport kernels"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["no kernels", "fetched"]

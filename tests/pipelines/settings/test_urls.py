@@ -41,9 +41,8 @@ def test_places(arguments, told, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("https://example.org/a.jsonl", "download it first"),
-        ("https://example.org/a.jsonl?x=1", "download it first"),
-        ("s3://bucket/*.jsonl", "mount the bucket"),
+        ("reference://a.json", "are not read from reference://"),
+        ("github://owner:name@main/a.jsonl", "are not read from github://"),
         ("hf://datasets/owner/name/data.parquet", "named hf:owner/name"),
         ("https://huggingface.co/datasets/owner/name", "named hf:owner/name"),
         ("file:///data/a.jsonl", "give the path itself"),
