@@ -22,7 +22,8 @@ def _check_packages() -> None:
 
 _check_packages()
 
-from pipelines import former, hub_code  # noqa: E402 (after the check)
+from pipelines import former  # noqa: E402 (after the check)
+from pipelines.models import hub_code  # noqa: E402
 
 former.install()
 hub_code.install()
