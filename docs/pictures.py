@@ -29,6 +29,11 @@ PICTURES = {"coreset": ("runs/coreset", 980), "order": ("runs/order", 1130)}
 """Name of the picture -> the run folder, and the height of the picture in pixels."""
 
 
+REPORTS = {"optimizers": 2200, "approximation": 2230}
+"""Name of a picture of a report that takes long to make -> its height in pixels: those of
+`python -m tests.benchmarks.compare_optimizers` and of `python examples/approximation.py`."""
+
+
 def run(model: str, folder: Path) -> None:
     """Run all commands in a folder.
 
@@ -59,9 +64,18 @@ def photograph(chromium: str, report: Path, picture: Path, height: int) -> None:
 def main() -> None:
     """Make all pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a folder, a hub name or one .gguf file")
+    parser.add_argument("model", nargs="?", help="a folder, a hub name or one .gguf file")
+    parser.add_argument(
+        "--report", action="append", default=[], metavar="NAME=FILE", help=f"only this picture: {', '.join(REPORTS)}"
+    )
     parser.add_argument("--chromium", default=shutil.which("chromium") or "chromium", help="the browser")
     given = parser.parse_args()
+    for name, _, file in (report.partition("=") for report in given.report):
+        photograph(given.chromium, Path(file).resolve(), PAGES / f"{name}.png", REPORTS[name])
+    if given.report:
+        return
+    if given.model is None:
+        parser.error("name a model, or a --report")
     with tempfile.TemporaryDirectory() as name:
         run(given.model, Path(name))
         for picture, (folder, height) in PICTURES.items():

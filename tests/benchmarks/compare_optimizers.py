@@ -55,6 +55,7 @@ BATCH, LENGTH = 8, 128  # windows a step, bytes a window
 DECAY = 0.1
 
 HYPER: dict[str, dict[str, Any]] = {
+    "adam": {"weight_decay": 0.0},  # its decay is added to the gradient; the paper has none
     "sgd": {"momentum": 0.9},
     "sgdp": {"momentum": 0.9, "weight_decay": DECAY * (1 - 0.9)},  # its decay is multiplied by 1 / (1 - momentum)
 }
