@@ -47,6 +47,7 @@ NOT_RUN: dict[str, str] = {
     r"(python -m )?pytest .*": "this suite, with a GPU, as a benchmark, or with numbers that are elsewhere",
     r"python -m tests\.benchmarks\.(?!show).*": "a measurement, minutes to hours",
     r"python -m tests\.(zoo|mutation|attack)\..*": "minutes; what they run has tests of its own",
+    r"python examples/(spine|approximation)\.py": "minutes; tests/test_example_pages.py runs smaller ones",
     r"python -m pipelines\.demo_data\.make": "writes into the package; tests/pipelines/test_demo_data.py compares",
     r"python -c .*": "of an environment that is not there",
 }
