@@ -106,7 +106,8 @@ def _copy(system: Any, name: str, about: Mapping[str, Any], url: str) -> Path:
     marks = sorted((str(key).lower(), str(value)) for key, value in about.items() if str(key).lower() in _MARKS)
     base = unquote(posixpath.basename(urlsplit(name).path.rstrip("/"))) if "://" in name else posixpath.basename(name)
     version = files.digest(repr((url.partition("://")[0], name, marks)).encode())
-    place = cache_folder() / "inputs" / version / (base.replace("/", "_") or "data")
+    base = base.replace("/", "_").replace("\0", "_")[-100:]  # decoded, it may hold what the URL had encoded
+    place = cache_folder() / "inputs" / version / (base if base.strip(".") else "data")
     seal = place.with_name(place.name + ".seal.json")
     dated = any(key != "size" for key, _ in marks)  # otherwise another file of this size would pass for this one
     if dated and seal.is_file() and place.is_file() and files.read_json(seal)["xxh3"] == files.digest_file(place):

@@ -5,6 +5,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -87,6 +88,22 @@ def test_the_kind_is_that_of_the_path(served):
     (folder / "rows.zip").write_bytes(b"x")
     with pytest.raises(DataError, match=r"\.zip is not supported"):
         find_sources([f"{url}/rows.zip"])
+
+
+@pytest.mark.parametrize("name", ["..", "../../evil.jsonl", "x" * 200 + ".jsonl", "a b.jsonl"])
+def test_a_name_never_leaves_the_cache(tmp_path, monkeypatch, name):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setenv("DATATOOLS_CACHE", str(tmp_path / "cache"))
+    store = MemoryFileSystem()
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    store.pipe("/bucket/rows.jsonl", b"{}\n")
+    monkeypatch.setattr(
+        store, "open", lambda *_: (store.store["/bucket/rows.jsonl"].seek(0), store.store["/bucket/rows.jsonl"])[1]
+    )
+    url = f"https://host/{quote(name, safe='')}"
+    copy = remote._copy(store, url, {"size": 3, "etag": "1"}, url)
+    assert copy.read_bytes() == b"{}\n" and copy.parent.parent == tmp_path / "cache" / "inputs"
 
 
 def test_what_cannot_be_read_is_said(served):
