@@ -253,7 +253,7 @@ def _estimate(
     return cost.Estimate(
         parts=share.parts(prices.parts),
         tokens=prices.tokens,
-        memory=prices.memory(config.training.micro_tokens) * share.here,
+        memory=prices.memory(config.training.micro_tokens) * (1 if cost.on_gpu() else share.here),
         disk=(len(todo) - done) * prices.adapter,
         done=f"{done} of {len(todo)} training runs are done" if done else "",
         based_on=f"{len(todo)} training runs; {prices.found.text()}{share.text()}",

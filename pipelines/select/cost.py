@@ -15,7 +15,6 @@ from pipelines.engines.share import Share
 from pipelines.models.losses import losses_for, row_losses
 from pipelines.runs.memory import explained
 from pipelines.runs.messages import library_warnings
-from pipelines.runs.provenance import peak_rss_bytes
 from pipelines.select import parameters
 from pipelines.select.race import Race
 from pipelines.select.scored import Context
@@ -39,7 +38,7 @@ def estimate(context: Context, race: Race | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": int(pool.usable.sum()), "tokens": 0, "seconds": None, "bytes": 0}
     work, method = scorer(config.method).work(context), known(config.method)
     whole, left = work.whole, work.left
-    memory, based = peak_rss_bytes(), ""
+    memory, based = cost.peak(), ""
     first = _first_estimate(context, sum(whole.values()) - sum(left.values()))
     todo = sum(left.values())
     if whole:
@@ -71,7 +70,7 @@ def estimate(context: Context, race: Race | None = None) -> dict[str, Any]:
     cost.Estimate(
         parts=parts,
         tokens=round(todo),
-        memory=memory * team.here,
+        memory=memory * (1 if cost.on_gpu() else team.here),  # each worker has a GPU of its own
         disk=found["bytes"],
         done=f"{found['rows']:,} rows" + (f", {done:,.0f} of {found['tokens']:,} tokens are done" if done >= 1 else ""),
         based_on=f"{based}{team.text()}" if based else "",
@@ -98,6 +97,8 @@ def _seconds(rate: float, parts: Mapping[str, float]) -> dict[str, float]:
 
 def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[float, int]:
     """Return the seconds per token, timed on synthetic rows of the pool's median length, and the peak memory in bytes.
+
+    The memory is that of the GPU if the model computes there.
 
     Args:
         context: What is to be scored.
@@ -129,7 +130,7 @@ def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[
             times.append(time.perf_counter() - begin)
     config = context.config
     width = max(config.features.token_budget, config.warmup.micro_tokens if backward else 0)
-    return min(times) / batch["input_ids"].numel(), int(peak_rss_bytes() + kept * width)
+    return min(times) / batch["input_ids"].numel(), int(cost.peak() + kept * width)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -20,7 +21,7 @@ from pipelines.models.base import unload
 from pipelines.models.lora import add_lora
 from pipelines.models.losses import token_losses
 from pipelines.runs import current
-from pipelines.runs.messages import duration, say
+from pipelines.runs.messages import duration, say, warn
 from pipelines.runs.provenance import peak_rss_bytes
 from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.texts import NBSP, size
@@ -280,15 +281,32 @@ def training(found: Probe, rule: Recipe, recipe: TrainingConfig, lengths: Iterab
     return _START + work + steps * (_STEP + rule.step) + saved
 
 
+def on_gpu() -> bool:
+    """Return whether this process computes on a GPU of CUDA, so that its memory is what counts."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0
+
+
+def peak() -> int:
+    """Return the bytes that this process has used at most: on its GPU, or in main memory if it computes there."""
+    return torch.cuda.max_memory_allocated() if on_gpu() else peak_rss_bytes()
+
+
+def available() -> int:
+    """Return the bytes of this process's GPU, or of main memory if it computes there."""
+    return int(torch.cuda.mem_get_info()[1] if on_gpu() else psutil.virtual_memory().total)
+
+
 def memory(found: Probe, state: int, micro_tokens: int) -> int:
     """Return the peak memory in bytes: what is in use now, gradients and moments, and what a backward pass keeps.
+
+    It is that of the GPU if the model computes there, and otherwise main memory.
 
     Args:
         found: The cost of the model.
         state: The bytes of the optimizer's state.
         micro_tokens: The padded tokens of a micro-batch.
     """
-    return int(peak_rss_bytes() + 4 * found.trainable + state + found.saved * micro_tokens)
+    return int(peak() + 4 * found.trainable + state + found.saved * micro_tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------ estimate
@@ -318,10 +336,17 @@ class Estimate:
             what: The first word of the line.
         """
         parts = [f"{self.tokens:,} tokens through the model"] if self.tokens else []
-        parts += [f"about {duration(self.seconds)}", f"{size(self.memory)} of memory", f"{size(self.disk)} on disk"]
+        kind = "GPU memory" if on_gpu() else "memory"
+        parts += [f"about {duration(self.seconds)}", f"{size(self.memory)} of {kind}", f"{size(self.disk)} on disk"]
         based = f" ({self.based_on})" if self.based_on else ""
         done = f"{self.done}; left: " if self.done else ""
         say(f"{what}: {done}{', '.join(parts)}{based}".replace(NBSP, " "))
+        if self.memory > (there := available()):
+            advice = "training.micro_tokens, features.token_budget), shorter rows (--max-length), or --dtype bfloat16"
+            warn(
+                f"{what}: {size(self.memory)} of {kind} are expected, and there are {size(there)}; set smaller batches "
+                f"({advice}".replace(NBSP, " ")
+            )
 
     def expect(self) -> None:
         """Let the run's progress count down to the end of all parts."""

@@ -221,3 +221,23 @@ def test_whole_weights_and_zeroth_order_have_a_price_too(own_world):
     assert cost.training(found, rule, TrainingConfig(epochs=4), lengths) > one
     assert cost.training(found, rule, TrainingConfig(epochs=4, max_steps=4), lengths) == pytest.approx(one, rel=0.01)
     assert cost.training(found, rule, TrainingConfig(epochs=1, gradient="zo", zo={"q": 50}), lengths) > one
+
+
+@pytest.mark.parametrize("needed, fits", [(6e9, True), (20e9, False)])
+def test_where_the_model_is_on_a_gpu_its_memory_counts(monkeypatch, capsys, needed, fits):
+    for name, value in (
+        ("is_available", True), ("is_initialized", True), ("max_memory_allocated", 5_000_000_000),
+        ("mem_get_info", (9_000_000_000, 16_000_000_000)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert cost.peak() == 5_000_000_000
+    cost.Estimate(tokens=10, memory=int(needed)).announce()
+    said = capsys.readouterr().err
+    assert f"{needed / 1e9:.1f} GB of GPU memory" in said
+    assert ("are expected, and there are 16.0 GB" in said) is not fits
+
+
+def test_more_than_main_memory_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(cost.psutil, "virtual_memory", lambda: type("", (), {"total": 8_000_000_000}))
+    cost.Estimate(tokens=10, memory=9_000_000_000).announce()
+    assert "of memory are expected, and there are 8.0 GB" in capsys.readouterr().err
