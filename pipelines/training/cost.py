@@ -283,7 +283,7 @@ def training(found: Probe, rule: Recipe, recipe: TrainingConfig, lengths: Iterab
 
 def on_gpu() -> bool:
     """Return whether this process computes on a GPU of CUDA, so that its memory is what counts."""
-    return torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0
+    return torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0  # 0 as long as nothing is there
 
 
 def peak() -> int:

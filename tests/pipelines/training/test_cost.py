@@ -226,7 +226,7 @@ def test_whole_weights_and_zeroth_order_have_a_price_too(own_world):
 @pytest.mark.parametrize("needed, fits", [(6e9, True), (20e9, False)])
 def test_where_the_model_is_on_a_gpu_its_memory_counts(monkeypatch, capsys, needed, fits):
     for name, value in (
-        ("is_available", True), ("is_initialized", True), ("max_memory_allocated", 5_000_000_000),
+        ("is_available", True), ("max_memory_allocated", 5_000_000_000),
         ("mem_get_info", (9_000_000_000, 16_000_000_000)),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
