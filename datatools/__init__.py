@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from datatools.gradients import TokenBudget as TokenBudget
     from datatools.gradients import covered as covered
     from datatools.gradients import is_out_of_memory as is_out_of_memory
+    from datatools.gradients import keep_gradients as keep_gradients
     from datatools.gradients import micro_batches as micro_batches
     from datatools.gradients import per_sample_grads as per_sample_grads
     from datatools.gradients import token_batches as token_batches
@@ -135,6 +136,7 @@ _EXPORTS = {
     "TokenBudget": "datatools.gradients",
     "is_out_of_memory": "datatools.gradients",
     "micro_batches": "datatools.gradients",
+    "keep_gradients": "datatools.gradients",
     "per_sample_grads": "datatools.gradients",
     "token_batches": "datatools.gradients",
     "visit_per_sample_grads": "datatools.gradients",

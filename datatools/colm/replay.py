@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from datatools.colm.target import Target
 from datatools.errors import DataError
-from datatools.gradients import Batch, Loss, _Bound, _frozen
+from datatools.gradients import Batch, Loss, _Bound, _frozen, keep_gradients
 
 
 @contextmanager
@@ -24,6 +24,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model: the model.
 
     """
+    keep_gradients(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

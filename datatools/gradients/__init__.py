@@ -4,6 +4,7 @@ from datatools.gradients.batching import MicroBatches as MicroBatches
 from datatools.gradients.batching import micro_batches as micro_batches
 from datatools.gradients.batching import pieces as pieces
 from datatools.gradients.batching import token_batches as token_batches
+from datatools.gradients.checks import keep_gradients as keep_gradients
 from datatools.gradients.layers import covered as covered
 from datatools.gradients.memory import TokenBudget as TokenBudget
 from datatools.gradients.memory import is_out_of_memory as is_out_of_memory

@@ -58,8 +58,36 @@ class Precision(TorchFunctionMode):
         return result
 
 
+def keep_gradients(module: nn.Module) -> None:
+    """Keep the 4-bit weights of bitsandbytes in the layout that has gradients.
+
+    On a CPU with AVX512-BF16, a forward pass in eval mode and without gradients lets bitsandbytes move 4-bit weights
+    into a layout whose product rounds to bfloat16 and has no backward pass: later gradients would lack all that flows
+    through it, without an error. That is switched off here, for good.
+
+    Args:
+        module: the model.
+
+    Raises:
+        ValueError: if its weights are in that layout already.
+
+    Example:
+        >>> from datatools import keep_gradients
+        >>> keep_gradients(torch.nn.Linear(2, 2))  # nothing to do
+
+    """
+    for name, child in module.named_modules():
+        if hasattr(child, "support_avx512bf16_for_cpu"):
+            if getattr(getattr(child.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"a forward pass moved the 4-bit weights of {name!r} into a layout that has no gradients; load the "
+                    "model again, and give it before it is used"
+                )
+            child.support_avx512bf16_for_cpu = False
+
+
 def check_modules(module: nn.Module) -> None:
-    """Refuse modules that normalize by the statistics of a batch.
+    """Refuse modules that normalize by the statistics of a batch, and weights in a layout without gradients.
 
     Args:
         module: the model.
@@ -68,6 +96,7 @@ def check_modules(module: nn.Module) -> None:
         ValueError: if it contains such a module.
 
     """
+    keep_gradients(module)
     for name, child in module.named_modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None):
             why = "is in training mode" if child.training else "has no running statistics"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from datatools import DataError, UsageError
+from datatools import DataError, UsageError, keep_gradients
 
 _READ = "bitsandbytes"
 _ADVICE = "give the model with 16-bit weights; --quantize 4bit then holds them in 4 bits"
@@ -65,28 +65,22 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 
 def prepare(model: nn.Module, name: str) -> None:
-    """Keep weights in few bits in the layout that has gradients, and refuse what gradients cannot be computed with.
-
-    On a CPU with AVX512-BF16, a forward pass without gradients lets bitsandbytes move 4-bit weights into a layout whose
-    product rounds to bfloat16 and has no backward pass: later gradients would lack all that flows through it.
+    """Refuse weights in few bits with which gradients cannot be computed, and keep the others in their layout.
 
     Args:
         model: The model.
         name: The name of the model, for messages.
 
     Raises:
-        DataError: Layers of 8 bits look for outliers over a whole batch, 4-bit weights are in the layout without
+        DataError: Layers of 8 bits look for outliers over a whole batch, 4-bit weights are in a layout without
             gradients already, or another package holds the weights.
     """
+    try:
+        keep_gradients(model)
+    except ValueError as error:
+        raise DataError(f"--model {name}: {error}") from error
     ours = layers(model)
     for layer in ours:
-        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
-            raise DataError(
-                f"--model {name}: a forward pass moved its 4-bit weights into a layout that has no gradients; load the "
-                "model again, and give it before it is used"
-            )
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         state = getattr(layer, "state", None)
         _check_threshold(getattr(state, "threshold", 0.0), f"--model {name}", "where it is loaded (BitsAndBytesConfig)")
     own = {id(layer) for layer in ours}

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from datatools import DataError, EnvironmentProblem, UsageError, per_sample_grads
+from datatools.colm.replay import evaluating
 from pipelines.diagnose.run import run as diagnose
 from pipelines.models import causal, quantized
 from pipelines.models import load as models
@@ -210,3 +211,21 @@ def test_the_package_fetches_no_code_while_it_is_imported(tmp_path: Path) -> Non
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["no kernels", "fetched"]
+
+
+@pytest.mark.parametrize("use", ["gradients", "coresets"])
+def test_a_model_of_the_caller_keeps_its_gradients(folder: Path, use: str) -> None:
+    """`per_sample_grads` and coresets switch the layout without gradients off by themselves."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    module = adapted(AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.float32))
+    adapters = lora_parameters(module)
+    if use == "gradients":
+        per_sample_grads(row_losses, module, BATCH, list(adapters))
+    else:
+        with evaluating(module), torch.no_grad():
+            module(input_ids=BATCH["input_ids"])
+    logits(module, BATCH["input_ids"])
+    grads = torch.autograd.grad(row_losses(module, BATCH).sum(), list(adapters.values()), allow_unused=True)
+    assert all(g is not None and g.abs().max() > 0 for g in grads)
